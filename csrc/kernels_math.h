@@ -1,0 +1,114 @@
+// Functions of vectors, and numbers as KV caches store them. Included after a simd_<isa>.h.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define TURBOLM_INLINE inline __attribute__((always_inline))
+
+namespace turbolm {
+namespace {
+
+constexpr float kInfinity = __builtin_inff();
+constexpr int kLanes = 16;
+
+struct F16 {
+    uint16_t bits;
+};
+struct Bf16 {
+    uint16_t bits;
+};
+
+TURBOLM_INLINE Vec load(const float* p) { return Vec::load(p); }
+TURBOLM_INLINE Vec load(const F16* p) { return Vec::load_f16(&p->bits); }
+TURBOLM_INLINE Vec load(const Bf16* p) { return Vec::load_bf16(&p->bits); }
+TURBOLM_INLINE void store(Vec x, float* p) { x.store(p); }
+TURBOLM_INLINE void store(Vec x, F16* p) { x.store_f16(&p->bits); }
+TURBOLM_INLINE void store(Vec x, Bf16* p) { x.store_bf16(&p->bits); }
+
+// The first n (1 .. 16) numbers; the other lanes are 0.
+template <class T>
+TURBOLM_INLINE Vec load_first(const T* p, int n) {
+    T buffer[kLanes] = {};
+    __builtin_memcpy(buffer, p, n * sizeof(T));
+    return load(buffer);
+}
+TURBOLM_INLINE Vec load_first(const float* p, int n) { return Vec::load_first(p, n); }
+
+// Sum of the lanes, always in the same order.
+TURBOLM_INLINE float sum(Vec x) {
+    float lane[kLanes];
+    x.store(lane);
+    for (int width = kLanes / 2; width > 0; width /= 2) {
+        for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+    }
+    return lane[0];
+}
+
+TURBOLM_INLINE float largest(Vec x) {
+    float lane[kLanes];
+    x.store(lane);
+    for (int width = kLanes / 2; width > 0; width /= 2) {
+        for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
+    }
+    return lane[0];
+}
+
+// e^x to about 1 ulp: e^x = 2^n e^r with |r| <= ln(2) / 2, e^r by a polynomial (Cephes' expf).
+// Below -87.33 (the smallest normal float) it is 0, above 88.37 it stays where it is.
+TURBOLM_INLINE Vec exp(Vec x) {
+    const Vec low = Vec::all(-87.33f), high = Vec::all(88.37f);
+    const Vec bounded = Vec::if_less(high, x, high, Vec::if_less(x, low, low, x));
+    const Vec n = Vec::round(bounded * Vec::all(1.44269504f));
+    Vec r = Vec::fma(n, Vec::all(-0.693359375f), bounded);
+    r = Vec::fma(n, Vec::all(2.12194440e-4f), r);
+    Vec p = Vec::all(1.9875691500e-4f);
+    p = Vec::fma(p, r, Vec::all(1.3981999507e-3f));
+    p = Vec::fma(p, r, Vec::all(8.3334519073e-3f));
+    p = Vec::fma(p, r, Vec::all(4.1665795894e-2f));
+    p = Vec::fma(p, r, Vec::all(1.6666665459e-1f));
+    p = Vec::fma(p, r, Vec::all(5.0000001201e-1f));
+    p = Vec::fma(p, r * r, r + Vec::all(1.0f));
+    return Vec::if_less(x, low, Vec::zero(), Vec::scale(p, n));
+}
+
+TURBOLM_INLINE Vec sigmoid(Vec x) { return Vec::all(1.0f) / (Vec::all(1.0f) + exp(Vec::zero() - x)); }
+
+// Absolute error about 1e-7.
+TURBOLM_INLINE Vec tanh(Vec x) {
+    return Vec::all(1.0f) - Vec::all(2.0f) / (exp(x + x) + Vec::all(1.0f));
+}
+
+TURBOLM_INLINE Vec cap(Vec x, float limit) { return Vec::all(limit) * tanh(x / Vec::all(limit)); }
+
+// Abramowitz and Stegun 7.1.26: absolute error below 2e-7.
+TURBOLM_INLINE Vec erf(Vec x) {
+    const Vec a = Vec::magnitude(x);
+    const Vec t = Vec::all(1.0f) / Vec::fma(Vec::all(0.3275911f), a, Vec::all(1.0f));
+    Vec p = Vec::all(1.061405429f);
+    p = Vec::fma(p, t, Vec::all(-1.453152027f));
+    p = Vec::fma(p, t, Vec::all(1.421413741f));
+    p = Vec::fma(p, t, Vec::all(-0.284496736f));
+    p = Vec::fma(p, t, Vec::all(0.254829592f));
+    const Vec positive = Vec::all(1.0f) - p * t * exp(Vec::zero() - a * a);
+    return Vec::if_less(x, Vec::zero(), Vec::zero() - positive, positive);
+}
+
+struct Silu {
+    static TURBOLM_INLINE Vec apply(Vec x) { return x * sigmoid(x); }
+};
+struct Gelu {
+    static TURBOLM_INLINE Vec apply(Vec x) {
+        return Vec::all(0.5f) * x * (Vec::all(1.0f) + erf(x * Vec::all(0.70710678f)));
+    }
+};
+struct GeluTanh {  // 0.5 (1 + tanh(u)) = sigmoid(2 u)
+    static TURBOLM_INLINE Vec apply(Vec x) {
+        const Vec cubic = Vec::fma(x * x * Vec::all(0.044715f), x, x);
+        return x * sigmoid(cubic * Vec::all(1.59576912f));  // 2 sqrt(2 / pi)
+    }
+};
+
+}  // namespace
+}  // namespace turbolm

@@ -1,0 +1,175 @@
+#include "matmul.h"
+
+#include "isa.h"
+
+namespace turbolm {
+namespace {
+
+// Inputs of at most this many values are quantized by every thread for itself: cheaper than a barrier.
+constexpr int64_t max_private_values = 4096;
+// Bytes of quantized rows that stay in a core's second-level cache while the weights stream by.
+constexpr int64_t chunk_bytes = 384 << 10;
+
+// The kernels for the instruction set in use.
+const MatmulKernels& kernels() {
+    [[maybe_unused]] const Isa best = isa();
+#if defined(TURBOLM_BUILD_AVX512VNNI)
+    if (best >= Isa::avx512vnni) return matmul_avx512vnni;
+#endif
+#if defined(TURBOLM_BUILD_AVX512)
+    if (best >= Isa::avx512) return matmul_avx512;
+#endif
+#if defined(TURBOLM_BUILD_AVX2)
+    if (best >= Isa::avx2) return matmul_avx2;
+#endif
+#if defined(TURBOLM_BUILD_NEON)
+    if (best == Isa::neon) return matmul_neon;
+#endif
+    return matmul_generic;
+}
+
+bool is_dense(const LinearPart& part) { return format_layout(part.format).is_dense; }
+
+bool has_parts(const Linear& linear, bool dense) {
+    for (int i = 0; i < linear.num_parts; ++i) {
+        if (is_dense(linear.parts[i]) == dense) return true;
+    }
+    return false;
+}
+
+int64_t align(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Where a call keeps its input, in the layouts that its parts read.
+struct Tiles {
+    uint8_t* quantized;
+    uint8_t* dense;
+};
+
+void lay_out_dense(const MatmulArgs& args, int64_t tile, int64_t count, int64_t first, int64_t last, uint8_t* to) {
+    const int64_t k = args.linear->k;
+    float* out = reinterpret_cast<float*>(to);
+    for (int64_t row = first; row < last; ++row) {
+        const float* from = args.x + (tile * tile_rows + row) * args.ldx;
+        for (int64_t i = 0; i < k; ++i) out[i * count + row] = from[i];
+        if (k % 2 != 0) out[k * count + row] = 0.0f;
+    }
+}
+
+// Rows [first, last) of the input, tile by tile.
+void lay_out(const MatmulArgs& args, const Tiles& tiles, int64_t first, int64_t last) {
+    const int64_t k = args.linear->k;
+    for (int64_t tile = first / tile_rows; tile * tile_rows < last; ++tile) {
+        const int64_t start = tile * tile_rows;
+        const int64_t count = args.rows - start < tile_rows ? args.rows - start : tile_rows;
+        const int64_t begin = first > start ? first - start : 0;
+        const int64_t end = last - start < count ? last - start : count;
+        if (tiles.quantized != nullptr) {
+            kernels().quantize(args.x + start * args.ldx, args.ldx, k, static_cast<int>(count),
+                               static_cast<int>(begin), static_cast<int>(end),
+                               tiles.quantized + start * quantized_row_bytes(k));
+        }
+        if (tiles.dense != nullptr) {
+            lay_out_dense(args, tile, count, begin, end, tiles.dense + start * dense_row_bytes(k));
+        }
+    }
+}
+
+// Groups [first, last) of one part, chunk of rows by chunk of rows.
+void multiply_groups(const MatmulArgs& args, const Tiles& tiles, const LinearPart& part, int64_t column, int64_t first,
+                     int64_t last) {
+    const int64_t k = args.linear->k;
+    const int64_t row_bytes = is_dense(part) ? dense_row_bytes(k) : quantized_row_bytes(k);
+    const uint8_t* input = is_dense(part) ? tiles.dense : tiles.quantized;
+    const int64_t start = first * group_rows;
+    const int64_t end = last * group_rows < part.n ? last * group_rows : part.n;
+    int64_t chunk = chunk_bytes / row_bytes / tile_rows * tile_rows;
+    if (chunk < tile_rows) chunk = tile_rows;
+    for (int64_t row = 0; row < args.rows; row += chunk) {
+        MatmulWork work;
+        work.packed = part.packed + first * group_bytes(part.format, k);
+        work.columns = end - start;
+        work.k = k;
+        work.tiles = input + row * row_bytes;
+        work.rows = args.rows - row < chunk ? args.rows - row : chunk;
+        work.bias = part.bias == nullptr ? nullptr : part.bias + start;
+        work.y = args.y + row * args.ldy + column + start;
+        work.ldy = args.ldy;
+        kernels().multiply[static_cast<int>(part.format)](work);
+    }
+}
+
+}  // namespace
+
+int64_t matmul_workspace(int64_t k, int64_t max_rows, int num_threads) {
+    const int64_t row_bytes = (k + 31) / 32 * quantized_block_bytes + dense_row_bytes(k);
+    const int64_t shared = align(max_rows * row_bytes + 128);
+    const int64_t private_rows = max_rows * k <= max_private_values ? max_rows : max_private_values / k;
+    return shared + num_threads * align(private_rows * row_bytes + 128);
+}
+
+void matmul(const MatmulArgs& args, const Team& team) {
+    const Linear& linear = *args.linear;
+    const bool is_private = args.rows * linear.k <= max_private_values;
+    const int64_t quantized_bytes = has_parts(linear, false) ? align(args.rows * quantized_row_bytes(linear.k)) : 0;
+    const int64_t dense_bytes = has_parts(linear, true) ? align(args.rows * dense_row_bytes(linear.k)) : 0;
+    uint8_t* base = args.workspace + (is_private ? team.thread * (quantized_bytes + dense_bytes) : 0);
+    const Tiles tiles{quantized_bytes > 0 ? base : nullptr, dense_bytes > 0 ? base + quantized_bytes : nullptr};
+    if (is_private) {
+        lay_out(args, tiles, 0, args.rows);
+    } else {
+        int64_t first, last;
+        share(team, args.rows, 1, &first, &last);
+        lay_out(args, tiles, first, last);
+        team.barrier();
+    }
+
+    // Threads share the bytes of the weights evenly, in whole groups.
+    int64_t total = 0;
+    for (int i = 0; i < linear.num_parts; ++i) {
+        total += num_groups(linear.parts[i].n) * group_bytes(linear.parts[i].format, linear.k);
+    }
+    const int64_t from = total * team.thread / team.num_threads;
+    const int64_t to = total * (team.thread + 1) / team.num_threads;
+    int64_t offset = 0, column = 0;
+    for (int i = 0; i < linear.num_parts; ++i) {
+        const LinearPart& part = linear.parts[i];
+        const int64_t bytes = group_bytes(part.format, linear.k);
+        const int64_t groups = num_groups(part.n);
+        const auto index = [&](int64_t position) {  // the first group at or after `position`
+            const int64_t group = (position - offset + bytes - 1) / bytes;
+            return position <= offset ? 0 : group < groups ? group : groups;
+        };
+        if (index(from) < index(to)) multiply_groups(args, tiles, part, column, index(from), index(to));
+        offset += groups * bytes;
+        column += part.n;
+    }
+}
+
+void embedding(const LinearPart& table, int64_t k, const int32_t* ids, int64_t count, float scale, float* y,
+               int64_t ldy, const Team& team) {
+    int64_t first, last;
+    share(team, count, 1, &first, &last);
+    for (int64_t i = first; i < last; ++i) unpack_row(table.format, table.packed, k, ids[i], scale, y + i * ldy);
+}
+
+}  // namespace turbolm
+
+#define TURBOLM_EXPORT extern "C" __attribute__((visibility("default")))
+
+using namespace turbolm;
+
+// Bytes of a packed matrix.
+TURBOLM_EXPORT int64_t turbolm_pack_size(int32_t format, int64_t n, int64_t k) {
+    return num_groups(n) * group_bytes(static_cast<Format>(format), k);
+}
+
+// Packs groups [first, last) of 16 rows; `source` is row 16 * first, `target` the matrix's first byte.
+TURBOLM_EXPORT void turbolm_pack(int32_t format, const uint8_t* source, int64_t n, int64_t k, int64_t first,
+                                 int64_t last, uint8_t* target) {
+    const auto f = static_cast<Format>(format);
+    pack_groups(f, source, n, k, first, last, target + first * group_bytes(f, k));
+}
+
+TURBOLM_EXPORT int64_t turbolm_matmul_workspace(int64_t k, int64_t max_rows, int32_t num_threads) {
+    return matmul_workspace(k, max_rows, num_threads);
+}

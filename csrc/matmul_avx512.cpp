@@ -1,0 +1,8 @@
+#include "matmul_avx512.h"
+#include "matmul_kernel.h"
+
+namespace turbolm {
+
+constinit const MatmulKernels matmul_avx512 = make_kernels();
+
+}  // namespace turbolm

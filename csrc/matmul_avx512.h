@@ -1,0 +1,127 @@
+// `Vector` of 16 lanes for AVX-512 (F, BW, DQ, VL), with VNNI's dot product where the including file
+// is compiled for it.
+#pragma once
+
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own headers, wrongly
+#include <immintrin.h>
+
+#include "matmul.h"
+
+namespace turbolm {
+namespace {
+
+struct Vector {
+    static constexpr int lanes = 16;
+    static constexpr int row_steps[] = {16, 12, 8, 6, 4, 3, 2, 1};
+    using Float = __m512;
+    using Int = __m512i;
+    using Bytes = __m512i;
+
+    static Float zero() { return _mm512_setzero_ps(); }
+    static Float set(float value) { return _mm512_set1_ps(value); }
+    static Float load(const float* from) { return _mm512_loadu_ps(from); }
+    static void store(float* to, Float value) { _mm512_storeu_ps(to, value); }
+    static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
+    static Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
+    static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+    static Float to_float(Int value) { return _mm512_cvtepi32_ps(value); }
+    static void prefetch(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T0); }
+
+    static Float load_half(const uint8_t* from) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    }
+    static Float load_u8(const uint8_t* from) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+    }
+    static Float load_i8(const uint8_t* from) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+    }
+    static void load_bf16_pairs(const uint8_t* from, Float& even, Float& odd) {
+        const __m512i pairs = _mm512_loadu_si512(from);
+        even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+        odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+    }
+
+    static Bytes load_bytes(const uint8_t* from) { return _mm512_loadu_si512(from); }
+    static Bytes low_nibbles(Bytes bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
+    static Bytes high_nibbles(Bytes bytes) { return low_nibbles(_mm512_srli_epi16(bytes, 4)); }
+    template <int shift, int mask>
+    static Bytes insert(Bytes quads, Bytes bits) {
+        if constexpr (shift > 0) bits = _mm512_slli_epi16(bits, shift);
+        if constexpr (shift < 0) bits = _mm512_srli_epi16(bits, -shift);
+        return _mm512_ternarylogic_epi32(bits, _mm512_set1_epi8(mask), quads, 0xEA);  // (bits & mask) | quads
+    }
+
+    static Bytes look_up(Bytes nibbles) {
+        const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(iq4_values));
+        const __m128i table = _mm_xor_si128(values, _mm_set1_epi8(-128));
+        return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), nibbles);
+    }
+
+    static int32_t read_int(const void* from) {
+        int32_t value;
+        __builtin_memcpy(&value, from, 4);
+        return value;
+    }
+
+#ifdef __AVX512VNNI__
+    // Bytes stay unsigned, and the zero point is subtracted through the start value.
+    template <int zero>
+    static Int start(const int32_t* sum_128) {
+        if constexpr (zero == 0) return _mm512_setzero_si512();
+        constexpr int shift = zero == 128 ? 0 : zero == 32 ? 2 : zero == 16 ? 3 : 4;
+        return _mm512_srai_epi32(_mm512_set1_epi32(*sum_128), shift);
+    }
+    template <int zero>
+    static Int dot(Int sum, Bytes w, const int8_t* x) {
+        return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(read_int(x)));
+    }
+#else
+    template <int zero>
+    static Int start(const int32_t* sum_128) {
+        if constexpr (zero == 0 || zero == 128) return _mm512_setzero_si512();
+        constexpr int shift = zero == 32 ? 2 : zero == 16 ? 3 : 4;
+        return _mm512_srai_epi32(_mm512_set1_epi32(*sum_128), shift);
+    }
+    // Pairs of products are summed in int16: 2 * 63 * 127 fits, 2 * 255 * 127 does not, so bytes of
+    // 8 bits are made signed, and their sign moved to x.
+    template <int zero>
+    static Int dot(Int sum, Bytes w, const int8_t* x) {
+        Bytes quad = _mm512_set1_epi32(read_int(x));
+        if constexpr (zero == 128) {
+            w = _mm512_xor_si512(w, _mm512_set1_epi8(-128));
+            quad = _mm512_mask_sub_epi8(quad, _mm512_movepi8_mask(w), _mm512_setzero_si512(), quad);
+            w = _mm512_abs_epi8(w);
+        }
+        const Bytes pairs = _mm512_maddubs_epi16(w, quad);
+        return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+    }
+#endif
+
+    // The largest magnitude is found on the bits, so that NaN counts as the largest and reaches y.
+    static float quantize_block(const float* from, int8_t* to, int32_t* low, int32_t* high) {
+        const __m512 a = _mm512_loadu_ps(from);
+        const __m512 b = _mm512_loadu_ps(from + 16);
+        const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+        const __m512i bits = _mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(a), magnitude),
+                                              _mm512_and_si512(_mm512_castps_si512(b), magnitude));
+        const __m128 largest = _mm_castsi128_ps(_mm_cvtsi32_si128(static_cast<int>(_mm512_reduce_max_epu32(bits))));
+        const float maximum = _mm_cvtss_f32(largest);
+        if (maximum < smallest_maximum) {
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_setzero_si256());
+            *low = *high = 0;
+            return 0.0f;
+        }
+        const __m512 inverse = _mm512_set1_ps(127.0f / maximum);
+        const __m512i qa = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
+        const __m512i qb = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtsepi32_epi8(qa));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16), _mm512_cvtsepi32_epi8(qb));
+        *low = _mm512_reduce_add_epi32(qa);
+        *high = _mm512_reduce_add_epi32(qb);
+        return maximum / 127.0f;
+    }
+};
+
+}  // namespace
+}  // namespace turbolm

@@ -1,0 +1,225 @@
+// The matrix kernels of one instruction set, written once over its `Vector`.
+//
+// A file matmul_<isa>.cpp defines `struct Vector` in an unnamed namespace, includes this header and
+// exports `make_kernels()`. Everything here has internal linkage on purpose: the same source is
+// compiled with several sets of flags, and the linker must never merge the results. For the same
+// reason no inline function of another header is called here, the standard library's included.
+//
+// Vector: 32-bit lanes, one per output row; all members static.
+//   lanes                   4, 8 or 16
+//   row_steps[]             numbers of rows of x to compute at once, falling, down to 1
+//   Float, Int, Bytes       lanes floats; lanes int32; 4 * lanes bytes
+//   start<zero>(p)          accumulators for bytes with this zero point; *p is -128 * sum(x)
+//   dot<zero>(a, w, x)      a + the products of each lane's 4 bytes with the 4 int8 at x
+//   insert<s, mask>(q, b)   q | ((b << s) & mask), bytewise; s may be negative
+//   quantize_block(x, q)    32 floats to int8; returns the scale and the sums of both halves
+#pragma once
+
+#include "matmul.h"
+#include "matmul_formats.h"
+
+namespace turbolm {
+namespace {
+
+constexpr int parts = group_rows / Vector::lanes;  // vectors that cover a group
+constexpr int num_row_steps = sizeof(Vector::row_steps) / sizeof(Vector::row_steps[0]);
+constexpr int64_t prefetch_distance = 2048;  // bytes ahead in the stream of weights; measured
+
+// The tile seen from its rows [first, first + R).
+struct TileRows {
+    const uint8_t* tile;
+    int64_t stride;  // rows in the tile
+    int64_t first;
+};
+
+// Sums of R rows for the 16 columns of a group.
+template <int R>
+struct Sums {
+    Float of[R][parts];
+
+    void clear() {
+        for (auto& row : of) {
+            for (Float& sum : row) sum = Vector::zero();
+        }
+    }
+};
+
+template <class Format, int R>
+inline void multiply_block(const Unpacked& w, int part, const uint8_t* block, const TileRows& rows, Sums<R>& sums) {
+    const int64_t stride = rows.stride;
+    const int8_t* x = reinterpret_cast<const int8_t*>(block) + 32 * rows.first;
+    const float* scale = reinterpret_cast<const float*>(block + 32 * stride) + rows.first;
+    const float* scaled_sum = scale + stride;
+    const int32_t* zeros = reinterpret_cast<const int32_t*>(scaled_sum + stride);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+        Float& sum = sums.of[r][part];
+        if constexpr (Format::has_halves) {
+            auto low = Vector::start<Format::zero>(zeros + stride + r);
+            auto high = Vector::start<Format::zero>(zeros + 2 * stride + r);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) {
+                low = Vector::dot<Format::zero>(low, w.quads[j], x + 32 * r + 4 * j);
+                high = Vector::dot<Format::zero>(high, w.quads[j + 4], x + 32 * r + 4 * j + 16);
+            }
+            Float product = Vector::multiply(Vector::to_float(low), w.d);
+            product = Vector::fma(Vector::to_float(high), w.m, product);
+            sum = Vector::fma(product, Vector::set(scale[r]), sum);
+        } else {
+            auto dot = Vector::start<Format::zero>(zeros + r);
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; ++j) dot = Vector::dot<Format::zero>(dot, w.quads[j], x + 32 * r + 4 * j);
+            const Float product = Vector::multiply(Vector::to_float(dot), Vector::set(scale[r]));
+            sum = Vector::fma(product, w.d, sum);
+            if constexpr (Format::has_minimum) sum = Vector::fma(w.m, Vector::set(scaled_sum[r]), sum);
+        }
+    }
+}
+
+template <class Format>
+struct Quantized {
+    static int64_t group_bytes(int64_t k) {
+        const int64_t blocks = k / (32 * Format::sub_blocks);
+        return blocks * (Format::header_bytes + Format::sub_blocks * Format::sub_bytes);
+    }
+    static int64_t row_bytes(int64_t k) { return quantized_row_bytes(k); }
+
+    template <int R>
+    static void multiply(const uint8_t* w, int64_t k, const TileRows& rows, Sums<R>& sums) {
+        const uint8_t* x = rows.tile;
+        const int64_t x_bytes = quantized_block_bytes * rows.stride;
+        for (int64_t left = k; left > 0; left -= 32 * Format::sub_blocks) {
+            Header headers[parts];
+            for (int part = 0; part < parts; ++part) headers[part] = Format::header(w, part);
+            w += Format::header_bytes;
+            for (int sub = 0; sub < Format::sub_blocks; ++sub) {
+                for (int line = 0; line < Format::sub_bytes; line += 64) Vector::prefetch(w + prefetch_distance + line);
+#pragma GCC unroll 4
+                for (int part = 0; part < parts; ++part) {
+                    Unpacked unpacked;
+                    Format::load(w, part, headers[part], unpacked);
+                    multiply_block<Format, R>(unpacked, part, x, rows, sums);
+                }
+                w += Format::sub_bytes;
+                x += x_bytes;
+            }
+        }
+    }
+};
+
+template <class Format>
+struct Dense {
+    static int64_t group_bytes(int64_t k) { return (k + Format::step - 1) / Format::step * Format::block_bytes; }
+    static int64_t row_bytes(int64_t k) { return dense_row_bytes(k); }
+
+    template <int R>
+    static void multiply(const uint8_t* w, int64_t k, const TileRows& rows, Sums<R>& sums) {
+        const float* x = reinterpret_cast<const float*>(rows.tile) + rows.first;
+        for (int64_t left = k; left > 0; left -= Format::step, w += Format::block_bytes) {
+            Vector::prefetch(w + prefetch_distance);
+#pragma GCC unroll 4
+            for (int part = 0; part < parts; ++part) {
+                Float values[Format::step];
+                Format::load(w, part, values);
+                for (int i = 0; i < Format::step; ++i) {
+#pragma GCC unroll 16
+                    for (int r = 0; r < R; ++r) {
+                        Float& sum = sums.of[r][part];
+                        sum = Vector::fma(values[i], Vector::set(x[i * rows.stride + r]), sum);
+                    }
+                }
+            }
+            x += Format::step * rows.stride;
+        }
+    }
+};
+
+// Adds the bias and stores `columns` (at most 16) of R rows.
+template <int R>
+inline void store(Sums<R>& sums, const float* bias, int64_t columns, float* y, int64_t ldy) {
+    float padded[group_rows] = {};
+    if (bias != nullptr && columns < group_rows) {
+        for (int64_t i = 0; i < columns; ++i) padded[i] = bias[i];
+        bias = padded;
+    }
+    for (int r = 0; r < R; ++r, y += ldy) {
+        float last[group_rows];
+        float* to = columns < group_rows ? last : y;
+        for (int part = 0; part < parts; ++part) {
+            Float sum = sums.of[r][part];
+            if (bias != nullptr) sum = Vector::add(sum, Vector::load(bias + Vector::lanes * part));
+            Vector::store(to + Vector::lanes * part, sum);
+        }
+        if (columns < group_rows) {
+            for (int64_t i = 0; i < columns; ++i) y[i] = last[i];
+        }
+    }
+}
+
+// One group times the rows of one tile from rows.first on, as many at once as the registers hold.
+template <class Kernel, int step = 0>
+inline void multiply_tile(const MatmulWork& work, const uint8_t* group, const float* bias, int64_t columns, float* y,
+                          TileRows rows) {
+    constexpr int R = Vector::row_steps[step];
+    for (; rows.stride - rows.first >= R; rows.first += R) {
+        Sums<R> sums;
+        sums.clear();
+        Kernel::template multiply<R>(group, work.k, rows, sums);
+        store<R>(sums, bias, columns, y + rows.first * work.ldy, work.ldy);
+    }
+    if constexpr (step + 1 < num_row_steps) {
+        multiply_tile<Kernel, step + 1>(work, group, bias, columns, y, rows);
+    }
+}
+
+template <class Kernel>
+void multiply(const MatmulWork& work) {
+    const int64_t group_bytes = Kernel::group_bytes(work.k);
+    const int64_t row_bytes = Kernel::row_bytes(work.k);
+    const uint8_t* group = work.packed;
+    const float* bias = work.bias;
+    float* y = work.y;
+    for (int64_t left = work.columns; left > 0; left -= group_rows) {
+        const int64_t columns = left < group_rows ? left : group_rows;
+        for (int64_t row = 0; row < work.rows; row += tile_rows) {
+            const int64_t count = work.rows - row < tile_rows ? work.rows - row : tile_rows;
+            const TileRows rows{work.tiles + row * row_bytes, count, 0};
+            multiply_tile<Kernel>(work, group, bias, columns, y + row * work.ldy, rows);
+        }
+        group += group_bytes;
+        y += group_rows;
+        if (bias != nullptr) bias += group_rows;
+    }
+}
+
+void quantize(const float* x, int64_t ldx, int64_t k, int rows, int first, int last, uint8_t* tile) {
+    const int64_t stride = rows;
+    for (int64_t row = first; row < last; ++row) {
+        const float* from = x + row * ldx;
+        uint8_t* block = tile;
+        for (int64_t done = 0; done < k; done += 32, from += 32, block += quantized_block_bytes * stride) {
+            int32_t low, high;
+            const float scale = Vector::quantize_block(from, reinterpret_cast<int8_t*>(block) + 32 * row, &low, &high);
+            float* scales = reinterpret_cast<float*>(block + 32 * stride) + row;
+            int32_t* zeros = reinterpret_cast<int32_t*>(scales + 2 * stride);
+            scales[0] = scale;
+            scales[stride] = scale * static_cast<float>(low + high);
+            zeros[0] = -128 * (low + high);
+            zeros[stride] = -128 * low;
+            zeros[2 * stride] = -128 * high;
+        }
+    }
+}
+
+constexpr MatmulKernels make_kernels() {
+    return {
+        quantize,
+        {multiply<Dense<F32>>, multiply<Dense<F16>>, multiply<Dense<Bf16>>, multiply<Quantized<Q4_0>>,
+         multiply<Quantized<Q4_1>>, multiply<Quantized<Q5_0>>, multiply<Quantized<Q5_1>>, multiply<Quantized<Q8_0>>,
+         multiply<Quantized<Iq4Nl>>, multiply<Quantized<Q4_K>>, multiply<Quantized<Q5_K>>, multiply<Quantized<Q6_K>>,
+         multiply<Quantized<Iq4Xs>>},
+    };
+}
+
+}  // namespace
+}  // namespace turbolm

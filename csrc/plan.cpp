@@ -1,0 +1,111 @@
+// Instructions, one after the other, by a team of threads; and the C functions that Python calls.
+#include <cstring>
+
+#include "isa.h"
+#include "ops.h"
+#include "threads.h"
+
+#define TURBOLM_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace turbolm {
+
+const Kernels& kernels() {
+    [[maybe_unused]] const Isa best = isa();
+#if defined(TURBOLM_BUILD_AVX512)
+    if (best >= Isa::avx512) return kernels_avx512;
+#endif
+#if defined(TURBOLM_BUILD_AVX2)
+    if (best >= Isa::avx2) return kernels_avx2;
+#endif
+    return kernels_generic;
+}
+
+namespace {
+
+template <class Op>
+const Op& as(const Instruction& instruction) {
+    return reinterpret_cast<const Op&>(instruction);  // every instruction begins with its head
+}
+
+void multiply(const LinearOp& op, const Step& step, const Team& team) {
+    MatmulArgs args;
+    args.linear = op.linear;
+    args.x = op.x;
+    args.ldx = op.linear->k;
+    args.rows = op.y != nullptr ? step.num_tokens : step.num_logits;
+    args.y = op.y != nullptr ? op.y : step.logits;
+    args.ldy = op.linear->n;
+    args.workspace = op.workspace;
+    matmul(args, team);
+}
+
+void gather(const Gather& op, const Step& step, const Team& team) {
+    int64_t first, last;
+    share(team, step.num_logits, 1, &first, &last);
+    for (int64_t row = first; row < last; ++row) {
+        std::memcpy(op.y + row * op.width, op.x + step.logit_rows[row] * op.width, op.width * sizeof(float));
+    }
+}
+
+void execute(const Instruction& instruction, const Step& step, const Team& team) {
+    const Kernels& native = kernels();
+    switch (instruction.opcode) {
+        case Opcode::embedding: {
+            const auto& op = as<Embedding>(instruction);
+            embedding(op.table->parts[0], op.table->k, step.token_ids, step.num_tokens, op.scale, op.y, op.table->k,
+                      team);
+            break;
+        }
+        case Opcode::linear: multiply(as<LinearOp>(instruction), step, team); break;
+        case Opcode::rms_norm: native.rms_norm(as<RmsNorm>(instruction), step, team); break;
+        case Opcode::add: native.add(as<Add>(instruction), step, team); break;
+        case Opcode::rotary_store: native.rotary_store(as<RotaryStore>(instruction), step, team); break;
+        case Opcode::attention: native.attention(as<Attention>(instruction), step, team); break;
+        case Opcode::activate_multiply: native.activate_multiply(as<ActivateMultiply>(instruction), step, team); break;
+        case Opcode::gather: gather(as<Gather>(instruction), step, team); break;
+        case Opcode::softcap: native.softcap(as<Softcap>(instruction), step, team); break;
+        case Opcode::count: break;
+    }
+}
+
+struct Call {
+    const Instruction* const* instructions;
+    int64_t count;
+    const Step* step;
+};
+
+void execute_all(void* argument, const Team& team) {
+    const Call& call = *static_cast<const Call*>(argument);
+    for (int64_t i = 0; i < call.count; ++i) {
+        if (call.instructions[i]->barrier != 0) team.barrier();
+        execute(*call.instructions[i], *call.step, team);
+    }
+}
+
+constexpr int64_t kSizes[] = {
+    sizeof(Embedding), sizeof(LinearOp),         sizeof(RmsNorm), sizeof(Add),     sizeof(RotaryStore),
+    sizeof(Attention), sizeof(ActivateMultiply), sizeof(Gather),  sizeof(Softcap), sizeof(Step),
+};
+static_assert(sizeof(kSizes) / sizeof(kSizes[0]) == static_cast<size_t>(Opcode::count) + 1);
+
+}  // namespace
+}  // namespace turbolm
+
+using namespace turbolm;
+
+TURBOLM_EXPORT ThreadTeam* turbolm_team_new(int32_t num_threads) { return new ThreadTeam(num_threads); }
+TURBOLM_EXPORT void turbolm_team_free(ThreadTeam* team) { delete team; }
+
+// Runs the instructions in order with this step's sizes and batch.
+TURBOLM_EXPORT void turbolm_run(ThreadTeam* team, const Instruction* const* instructions, int64_t count,
+                                const Step* step) {
+    Call call{instructions, count, step};
+    team->run(execute_all, &call);
+}
+
+TURBOLM_EXPORT int64_t turbolm_attention_workspace(const HeadShape* shape, int64_t max_context, int32_t num_threads) {
+    return kernels().attention_bytes(*shape, max_context, num_threads);
+}
+
+// Size of the struct of an opcode, or of Step: Python checks that its mirrors agree.
+TURBOLM_EXPORT int64_t turbolm_struct_size(int32_t opcode) { return kSizes[opcode]; }

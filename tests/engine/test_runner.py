@@ -1,0 +1,147 @@
+"""Real tiny models through scheduler, runner and sampler: batching must not change what is said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import TINY_MODELS
+from transformers import PreTrainedModel
+
+from turbolm.engine.runner import Runner
+from turbolm.engine.scheduler import Scheduler
+from turbolm.models.checkpoint import open_checkpoint
+from turbolm.models.decoder import cache_spec, load_decoder
+from turbolm.models.loader import Loader
+from turbolm.models.registry import decoder_spec
+from turbolm.ops.reference import ReferenceOps
+from turbolm.types import Output, Request, SamplingParams
+
+BLOCK = 8
+Run = Callable[..., dict[str, Output]]
+
+
+@pytest.fixture(scope="module", params=["llama-tied", "mistral-window", "qwen3"])
+def model_and_reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> object:
+    folder = tmp_path_factory.mktemp(request.param)
+    reference = TINY_MODELS[request.param].save(folder)
+    checkpoint = open_checkpoint(folder)
+    ops = ReferenceOps(torch.device("cpu"), torch.float32)
+    return load_decoder(decoder_spec(checkpoint.config), Loader(checkpoint.source, ops), 64), reference
+
+
+@pytest.fixture
+def run(model_and_reference: tuple) -> Run:
+    """Runs requests to their end on a fresh engine → outputs by id."""
+    model, _ = model_and_reference
+
+    def run(requests: Iterable[Request], stats: dict | None = None, num_blocks: int = 64, **limits: object) -> dict:
+        caches = cache_spec(model.spec, torch.float32).allocate(num_blocks, BLOCK, torch.device("cpu"))
+        sizes = {"max_batch_size": 16, "max_batch_tokens": 64, "max_context": 64, "max_waiting": 100} | limits
+        scheduler = Scheduler(num_blocks=num_blocks, block_size=BLOCK, max_logit_rows=64, **sizes)
+        runner = Runner(lambda batch: model.forward(batch, caches), BLOCK, torch.device("cpu"))
+        for request in requests:
+            scheduler.add(request)
+        deltas: dict[str, list[Output]] = {}
+        while (step := scheduler.next_batch()) is not None:
+            for output in scheduler.update(step, runner.run(step)):
+                deltas.setdefault(f"{output.request_id}/{output.index}", []).append(output)
+        if stats is not None:
+            stats["stats"] = scheduler.stats
+        return {key: Output.collect(items) for key, items in deltas.items()}
+
+    return run
+
+
+def prompt(seed: int, length: int) -> tuple[int, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(0, 96, (length,), generator=generator).tolist())
+
+
+def requests(params: SamplingParams) -> list[Request]:
+    shared = prompt(99, 20)
+    prompts = [prompt(i, 1 + 5 * i) for i in range(6)] + [shared + prompt(10 + i, 3 + i) for i in range(4)]
+    return [Request(f"r{i}", tokens, params) for i, tokens in enumerate(prompts)]
+
+
+def greedy_of(reference: PreTrainedModel, tokens: tuple[int, ...], count: int) -> tuple[int, ...]:
+    ids = torch.tensor([tokens])
+    with torch.inference_mode():
+        for _ in range(count):
+            ids = torch.cat([ids, reference(ids).logits[:, -1:].argmax(-1)], dim=1)
+    return tuple(ids[0, len(tokens) :].tolist())
+
+
+def test_greedy_equals_transformers_whatever_the_batching(run: Run, model_and_reference: tuple) -> None:
+    items = requests(SamplingParams(temperature=0, max_tokens=12))
+    expected = {f"{r.id}/0": greedy_of(model_and_reference[1], r.prompt_token_ids, 12) for r in items}
+
+    def tokens(outputs: dict[str, Output]) -> dict[str, tuple[int, ...]]:
+        return {key: output.token_ids for key, output in outputs.items()}
+
+    assert tokens(run(items)) == expected
+    for request in items:  # alone
+        assert run([request])[f"{request.id}/0"].token_ids == expected[f"{request.id}/0"]
+    for size in (1, 3, 7, 13):  # prompts in chunks, beside decodes
+        assert tokens(run(items, max_batch_tokens=max(size, 4), max_batch_size=min(size, 4))) == expected
+    found: dict = {}
+    assert tokens(run(items, found, num_blocks=10)) == expected  # preemptions
+    assert found["stats"].num_preemptions > 0
+    assert tokens(run([*items, *(Request(f"again{r.id}", r.prompt_token_ids, r.params) for r in items)], found)) == (
+        expected | {f"again{key}": value for key, value in expected.items()}
+    )
+    assert found["stats"].num_prefix_hit_tokens > 0
+
+
+def test_the_same_seed_gives_the_same_tokens_whatever_else_runs(run: Run) -> None:
+    params = SamplingParams(temperature=1.0, top_p=0.95, seed=7, max_tokens=16)
+    one = Request("one", prompt(3, 9), params)
+    alone = run([one])["one/0"].token_ids
+    other = SamplingParams(temperature=1.5, max_tokens=20)
+    crowd = [Request(f"x{i}", prompt(i, 4 + i), other) for i in range(8)]
+    assert run([*crowd, one])["one/0"].token_ids == alone
+    assert run([*crowd, one], num_blocks=9, max_batch_tokens=16)["one/0"].token_ids == alone
+    assert run([Request("two", one.prompt_token_ids, SamplingParams.of(params, seed=8))])["two/0"].token_ids != alone
+
+
+def test_answers_of_one_request_differ_by_index_and_are_reproducible(run: Run) -> None:
+    params = SamplingParams(temperature=1.0, seed=5, max_tokens=16, n=3)
+    items = [Request("r", prompt(1, 8), params, index=i) for i in range(3)]
+    first = [run(items)[f"r/{i}"].token_ids for i in range(3)]
+    assert len(set(first)) == 3
+    assert [run(items[::-1])[f"r/{i}"].token_ids for i in range(3)] == first
+
+
+@pytest.mark.parametrize("max_batch_tokens", [64, 5])
+def test_prompt_logprobs_equal_transformers(run: Run, model_and_reference: tuple, max_batch_tokens: int) -> None:
+    tokens = prompt(4, 30)
+    params = SamplingParams(max_tokens=0, prompt_logprobs=3)
+    other = Request("other", prompt(5, 9), SamplingParams(temperature=0, max_tokens=8))
+    output = run([other, Request("r", tokens, params)], max_batch_tokens=max_batch_tokens, max_batch_size=4)["r/0"]
+    with torch.inference_mode():
+        expected = model_and_reference[1](torch.tensor([tokens])).logits[0].log_softmax(-1)
+    assert output.token_ids == ()
+    assert output.finish_reason == "length"
+    assert output.prompt_logprobs[0] is None
+    assert len(output.prompt_logprobs) == 30
+    for i, entry in enumerate(output.prompt_logprobs[1:]):
+        assert entry is not None
+        assert entry.token_id == tokens[i + 1]
+        assert entry.logprob == pytest.approx(float(expected[i, tokens[i + 1]]), abs=1e-3)
+        assert [token for token, _ in entry.top] == expected[i].topk(3).indices.tolist()
+        assert entry.rank == int((expected[i] > expected[i, tokens[i + 1]]).sum()) + 1
+
+
+def test_logprobs_of_the_answer_are_the_models(run: Run, model_and_reference: tuple) -> None:
+    tokens = prompt(6, 7)
+    params = SamplingParams(temperature=0, max_tokens=4, logprobs=2, repetition_penalty=1.3)
+    output = run([Request("r", tokens, params)])["r/0"]
+    whole = torch.tensor([tokens + output.token_ids])
+    with torch.inference_mode():
+        expected = model_and_reference[1](whole).logits[0, 6:].log_softmax(-1)
+    for i, (token, entry) in enumerate(zip(output.token_ids, output.logprobs, strict=True)):
+        assert entry.token_id == token
+        assert entry.logprob == pytest.approx(float(expected[i, token]), abs=1e-3)
+        assert [t for t, _ in entry.top] == expected[i].topk(2).indices.tolist()

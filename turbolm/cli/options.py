@@ -1,0 +1,81 @@
+"""Command-line flags from the configuration dataclasses: one definition, one help text.
+
+    @takes_options("Engine", EngineConfig)
+    def serve(model: str, **options: object) -> None:
+
+gives `serve` a flag for each field of EngineConfig; `options` holds those that were given.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, fields
+from typing import Annotated, Any, Optional, TypeVar, get_type_hints
+
+from cyclopts import Group, Parameter
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def field_help(cls: type) -> dict[str, str]:
+    """Field → the string that follows it in the class body, on one line."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    texts = {}
+    for statement, following in zip(tree.body, tree.body[1:], strict=False):
+        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+            continue
+        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            texts[statement.target.id] = " ".join(str(following.value.value).split())
+    return texts
+
+
+def takes_options(title: str, cls: type, omit: tuple[str, ...] = ()) -> Callable[[Command], Command]:
+    """Adds a flag per field of the dataclass `cls`, less `omit`, to a command that takes `**options`. A flag
+    that isn't given isn't in `options`."""
+
+    def decorate(command: Command) -> Command:
+        signature = inspect.signature(command)
+        named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        rest = [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+        if not hasattr(command, "__wrapped_parameters__"):
+            # The command's own annotations are strings; flags carry real types.
+            hints = get_type_hints(command, include_extras=True)
+            named = [p.replace(annotation=hints.get(p.name, p.annotation)) for p in named]
+            command.__wrapped_parameters__ = True  # type: ignore[attr-defined]
+        flags = _flags(title, cls, omit)
+        command.__signature__ = signature.replace(parameters=[*named, *flags, *rest])  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+def given(options: Mapping[str, object], cls: type) -> dict[str, object]:
+    """Those of `options` that are fields of `cls` and were given."""
+    return {field.name: options[field.name] for field in fields(cls) if options.get(field.name) is not None}
+
+
+def _flags(title: str, cls: type, omit: tuple[str, ...]) -> list[inspect.Parameter]:
+    group = Group(title, sort_key=len(title))
+    hints, texts = get_type_hints(cls), field_help(cls)
+    flags = []
+    for field in fields(cls):
+        if field.name in omit:
+            continue
+        parameter = Parameter(
+            help=texts[field.name], group=group, show_default=_shown_default(field), negative_iterable=()
+        )
+        annotation = Annotated[Optional[hints[field.name]], parameter]  # noqa: UP045 (the hint is a value)
+        flags.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+    return flags
+
+
+def _shown_default(field: Field[Any]) -> Callable[[Any], str] | bool:
+    default = field.default
+    if default is None or default is MISSING or default == ():
+        return False
+    text = {True: "on", False: "off"}[default] if isinstance(default, bool) else str(default)
+    return lambda _: text

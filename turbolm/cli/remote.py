@@ -1,0 +1,164 @@
+"""A model behind an OpenAI-compatible server, with the interface of `AsyncLLM`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from turbolm.errors import ConfigError, EngineError, RequestError
+from turbolm.types import FinishReason, Output, Part, ReasoningPart, SamplingParams, TextPart, ToolCallPart, Usage
+
+try:  # whichever the hub library brings along
+    import httpx2 as httpx
+except ImportError:
+    import httpx  # type: ignore[no-redef, import-not-found, unused-ignore]
+
+_DEFAULTS = SamplingParams()
+_RENAMED = {"include_stop": "include_stop_str_in_output"}
+_FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "tool_calls": "tool_calls"}
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteLimits:
+    max_context: int  # tokens; 0: the server doesn't say
+
+
+class RemoteLLM:
+    """Chats with one model of the server at `url` (with or without /v1). Asks the server for its models;
+    raises ConfigError if it can't be reached or has no model `model`.
+
+    Parameters that differ from the defaults are sent, and those named in `explicit`: for the rest the
+    server's own defaults hold.
+    """
+
+    def __init__(self, url: str, model: str | None = None, api_key: str | None = None) -> None:
+        base = url.rstrip("/")
+        if not base.startswith(("http://", "https://")):
+            raise ConfigError(f"url is '{url}'; give an address such as http://127.0.0.1:8000")
+        self.url = base if base.endswith("/v1") else f"{base}/v1"
+        self.explicit: Collection[str] = ()
+        self.default_params = _DEFAULTS
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self.model_name, self.config = self._find(model)
+
+    def _find(self, wanted: str | None) -> tuple[str, RemoteLimits]:
+        try:
+            response = httpx.get(f"{self.url}/models", headers=self._headers, timeout=10)
+            if response.status_code >= 400:
+                raise ConfigError(f"{self.url}/models answered {response.status_code}: {_message(response.text)}")
+            models = {str(entry["id"]): entry for entry in response.json()["data"]}
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise ConfigError(
+                f"can't reach a server at {self.url} ({error or type(error).__name__}): is it running?"
+            ) from None
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"{self.url} isn't an OpenAI-compatible server: it doesn't list its models") from None
+        name = wanted or next(iter(models), None)
+        if name is None or name not in models:
+            raise ConfigError(f"the server has no model '{name}'; it serves: {', '.join(models) or 'none'}")
+        limit = models[name].get("max_model_len") or 0
+        return name, RemoteLimits(limit if isinstance(limit, int) else 0)
+
+    async def chat(
+        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None
+    ) -> AsyncIterator[Output]:
+        """Deltas of the answer; closing the iterator hangs up, which cancels. Raises RequestError (refused)
+        or EngineError (the server failed or broke off)."""
+        body = {
+            "model": self.model_name,
+            "messages": list(messages),
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **self._fields(params or _DEFAULTS),
+        }
+        finish: FinishReason | None = None
+        usage: Usage | None = None
+        try:
+            async with (
+                httpx.AsyncClient(timeout=httpx.Timeout(10, read=None), headers=self._headers) as client,
+                client.stream("POST", f"{self.url}/chat/completions", json=body) as response,
+            ):
+                if response.status_code >= 400:
+                    text = _message((await response.aread()).decode(errors="replace"))
+                    kind = RequestError if response.status_code < 500 else EngineError
+                    raise kind(f"the server refused ({response.status_code}): {text}")
+                async for event in _events(response.aiter_lines()):
+                    usage = _usage(event) or usage
+                    for choice in event.get("choices") or ():
+                        finish = _finish(choice.get("finish_reason")) or finish
+                        parts = tuple(_parts(choice.get("delta") or {}))
+                        if parts:
+                            yield Output("", token_ids=(-1,), parts=parts)  # servers don't say how many tokens
+        except httpx.HTTPError as error:
+            raise EngineError(f"the connection to {self.url} broke ({error or type(error).__name__})") from None
+        if finish is None:
+            raise EngineError(f"{self.url} ended the answer without a finish_reason: the server may have stopped")
+        yield Output("", finish_reason=finish, usage=usage)
+
+    async def close(self) -> None:
+        """Nothing is held between answers."""
+
+    def _fields(self, params: SamplingParams) -> dict[str, object]:
+        sent = {}
+        for field in fields(params):
+            value = getattr(params, field.name)
+            if field.name in self.explicit or value != getattr(_DEFAULTS, field.name):
+                sent[_RENAMED.get(field.name, field.name)] = list(value) if isinstance(value, tuple) else value
+        return sent
+
+
+async def _events(lines: AsyncIterator[str]) -> AsyncIterator[dict[str, Any]]:
+    """The JSON objects of a stream of server-sent events, up to [DONE]."""
+    async for line in lines:
+        if not line.startswith("data:"):
+            continue
+        data = line[5:].strip()
+        if data == "[DONE]":
+            return
+        try:
+            event = json.loads(data)
+        except ValueError:
+            raise EngineError(f"the server sent what isn't JSON: {data[:100]}") from None
+        if not isinstance(event, dict):
+            raise EngineError(f"the server sent what isn't an event: {data[:100]}")
+        if event.get("error"):
+            raise EngineError(f"the server failed: {_message(data)}")
+        yield event
+
+
+def _parts(delta: Mapping[str, Any]) -> Iterator[Part]:
+    reasoning = delta.get("reasoning_content") or delta.get("reasoning")
+    if reasoning:
+        yield ReasoningPart(str(reasoning))
+    if delta.get("content"):
+        yield TextPart(str(delta["content"]))
+    for call in delta.get("tool_calls") or ():
+        function = call.get("function") or {}
+        yield ToolCallPart(
+            call.get("index") or 0, function.get("arguments") or "", call.get("id"), function.get("name")
+        )
+
+
+def _finish(reason: object) -> FinishReason | None:
+    return _FINISH.get(str(reason), "stop") if reason else None
+
+
+def _usage(event: Mapping[str, Any]) -> Usage | None:
+    usage = event.get("usage")
+    if not isinstance(usage, dict):
+        return None
+    return Usage(int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
+
+
+def _message(text: str) -> str:
+    """The message inside an error body, else its beginning."""
+    try:
+        body = json.loads(text)
+    except ValueError:
+        return text.strip()[:200] or "no reason given"
+    for key in ("error", "message", "detail"):
+        if isinstance(body, dict) and key in body:
+            body = body[key]
+    return str(body)[:500]

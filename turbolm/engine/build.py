@@ -1,0 +1,76 @@
+"""From a checkpoint and a resolved config to a scheduler and a runner that are ready to step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from turbolm.config import ModelNeeds, ResolvedConfig
+from turbolm.engine.graph import record
+from turbolm.engine.runner import Runner
+from turbolm.engine.scheduler import Scheduler
+from turbolm.models.checkpoint import Checkpoint
+from turbolm.models.decoder import cache_spec, load_decoder
+from turbolm.models.loader import Loader, Progress
+from turbolm.models.null import NULL_VOCABULARY, NullModel
+from turbolm.models.registry import decoder_spec
+from turbolm.models.spec import DecoderSpec
+from turbolm.ops.select import select_ops
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    scheduler: Scheduler
+    runner: Runner
+
+
+def model_needs(name: str, checkpoint: Checkpoint, spec: DecoderSpec) -> ModelNeeds:
+    """What the model takes, from headers alone."""
+    infos = checkpoint.source.tensors.values()
+    return ModelNeeds(
+        name=name,
+        max_context=spec.max_context,
+        packed_bytes=sum(info.num_bytes for info in infos),
+        num_parameters=sum(math.prod(info.shape) for info in infos),
+        kv_elements_per_token=sum(layer.elements_per_token for layer in cache_spec(spec, torch.float32).layers),
+        num_logits=spec.vocab_size,
+    )
+
+
+def build(checkpoint: Checkpoint, config: ResolvedConfig, progress: Progress | None = None) -> EngineParts:
+    """Load the weights and allocate the KV cache."""
+    spec = decoder_spec(checkpoint.config)
+    ops = select_ops(config.device, config.kernels, config.dtype, unpack=config.unpack, threads=config.threads)
+    model = load_decoder(spec, Loader(checkpoint.source, ops, progress), config.max_context)
+    caches = cache_spec(spec, getattr(torch, config.kv_dtype)).allocate(
+        config.num_blocks, config.block_size, ops.device
+    )
+    return EngineParts(_scheduler(config), Runner(record(model, caches, config), config.block_size, ops.device))
+
+
+def null_needs() -> ModelNeeds:
+    return ModelNeeds("null", 1 << 16, 0, 0, NullModel.cache_spec.layers[0].elements_per_token, NULL_VOCABULARY)
+
+
+def build_null(config: ResolvedConfig) -> EngineParts:
+    """The null model behind a real scheduler and runner."""
+    device = torch.device("cpu")
+    model = NullModel()
+    caches = model.cache_spec.allocate(config.num_blocks, config.block_size, device)
+    runner = Runner(lambda batch: model.forward(batch, caches), config.block_size, device)
+    return EngineParts(_scheduler(config), runner)
+
+
+def _scheduler(config: ResolvedConfig) -> Scheduler:
+    return Scheduler(
+        num_blocks=config.num_blocks,
+        block_size=config.block_size,
+        max_batch_size=config.max_batch_size,
+        max_batch_tokens=config.max_batch_tokens,
+        max_logit_rows=config.max_logit_rows,
+        max_context=config.max_context,
+        max_waiting=config.max_waiting,
+        prefix_cache=config.prefix_cache,
+    )

@@ -1,0 +1,149 @@
+"""From logits to tokens: penalties, bans, the draw, log-probabilities.
+
+A row's token depends on its logits, its request and its position in the answer alone, never on what
+else is in the batch or on how often the sequence was preempted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import weakref
+from collections.abc import Sequence as Rows
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from turbolm.ops.sampling import sample
+from turbolm.types import SamplingParams, Sequence, TokenLogprob
+
+_TWO_53 = float(1 << 53)
+
+
+class Sampler:
+    """Chooses the next token of each sequence. Keeps what penalties need per sequence, and forgets it
+    with the sequence."""
+
+    def __init__(self) -> None:
+        self._salt = os.urandom(16)  # makes requests without a seed differ between runs
+        self._histories: weakref.WeakKeyDictionary[Sequence, _History] = weakref.WeakKeyDictionary()
+
+    def sample(self, logits_rv: Tensor, sequences: Rows[Sequence]) -> tuple[list[int], list[TokenLogprob | None]]:
+        """The next token of each row's sequence, and its log-probabilities where asked for.
+        May change `logits_rv` (float32)."""
+        raw = {
+            row: torch.log_softmax(logits_rv[row], dim=-1)
+            for row, sequence in enumerate(sequences)
+            if sequence.request.params.logprobs is not None
+        }
+        for row, sequence in enumerate(sequences):
+            if _has_adjustments(sequence):
+                self._adjust(logits_rv[row], sequence)
+        tokens = self._draw(logits_rv, sequences)
+        logprobs: list[TokenLogprob | None] = [None] * len(tokens)
+        for row, values in raw.items():
+            logprobs[row] = token_logprob(values, tokens[row], sequences[row].request.params.logprobs or 0)
+        return tokens, logprobs
+
+    def _draw(self, logits_rv: Tensor, sequences: Rows[Sequence]) -> list[int]:
+        params = [sequence.request.params for sequence in sequences]
+        if all(p.is_greedy for p in params):
+            return [int(token) for token in logits_rv.argmax(-1).tolist()]
+        device = logits_rv.device
+
+        def column(name: str, dtype: torch.dtype) -> Tensor:
+            return torch.tensor([getattr(p, name) for p in params], dtype=dtype, device=device)
+
+        uniform = torch.tensor([self._uniform(s) for s in sequences], dtype=torch.float64, device=device)
+        tokens = sample(
+            logits_rv,
+            column("temperature", torch.float32),
+            column("top_k", torch.int64),
+            column("top_p", torch.float32),
+            column("min_p", torch.float32),
+            uniform,
+        )
+        return [int(token) for token in tokens.tolist()]
+
+    def _uniform(self, sequence: Sequence) -> float:
+        """A number in [0, 1) that is a function of the request's seed, its index and the position in
+        the answer."""
+        request, seed = sequence.request, sequence.request.params.seed
+        key = self._salt + request.id.encode() if seed is None else str(seed).encode()
+        digest = hashlib.blake2b(b"%b/%d/%d" % (key, request.index, sequence.num_output), digest_size=8).digest()
+        return (int.from_bytes(digest, "little") >> 11) / _TWO_53
+
+    def _adjust(self, logits_v: Tensor, sequence: Sequence) -> None:
+        """Penalties, biases and bans, in place on one row."""
+        params, request = sequence.request.params, sequence.request
+        if _has_penalties(params):
+            if sequence not in self._histories:
+                self._histories[sequence] = _History(sequence.num_prompt)
+            self._histories[sequence].update(sequence.token_ids)
+            self._histories[sequence].penalize(logits_v, params)
+        if params.logit_bias:
+            ids = torch.tensor(list(params.logit_bias), device=logits_v.device)
+            logits_v[ids] += torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=logits_v.device)
+        banned = _banned_words(request.bad_words_ids, sequence)
+        if sequence.num_output < params.min_tokens:
+            banned += [*params.stop_token_ids, *(() if params.ignore_eos else request.eos_token_ids)]
+        if banned:
+            logits_v[torch.tensor(banned, device=logits_v.device)] = float("-inf")
+
+
+class _History:
+    """The distinct tokens of one sequence, and how often its answer holds each."""
+
+    def __init__(self, num_prompt: int) -> None:
+        self._num_prompt = num_prompt
+        self._num_seen = 0
+        self._counts: dict[int, int] = {}  # token → occurrences in the answer; 0: in the prompt only
+
+    def update(self, token_ids: list[int]) -> None:
+        for position in range(self._num_seen, len(token_ids)):
+            token = token_ids[position]
+            self._counts[token] = self._counts.get(token, 0) + (position >= self._num_prompt)
+        self._num_seen = len(token_ids)
+
+    def penalize(self, logits_v: Tensor, params: SamplingParams) -> None:
+        size = len(self._counts)
+        ids = torch.from_numpy(np.fromiter(self._counts.keys(), np.int64, size)).to(logits_v.device)
+        counts = torch.from_numpy(np.fromiter(self._counts.values(), np.float32, size)).to(logits_v.device)
+        values = logits_v[ids]
+        if params.repetition_penalty != 1.0:
+            factor = params.repetition_penalty
+            values = torch.where(values > 0, values / factor, values * factor)
+        values -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+        logits_v[ids] = values
+
+
+def token_logprob(logprobs_v: Tensor, token: int, num_top: int) -> TokenLogprob:
+    """The chosen token's entry and the best `num_top` ones, from a row of log-probabilities."""
+    chosen = logprobs_v[token]
+    rank = int((logprobs_v > chosen).sum()) + 1
+    top: tuple[tuple[int, float], ...] = ()
+    if num_top:
+        best = torch.topk(logprobs_v, min(num_top, logprobs_v.shape[0]))
+        top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return TokenLogprob(token, float(chosen), rank, top)
+
+
+def _has_penalties(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+
+
+def _has_adjustments(sequence: Sequence) -> bool:
+    params = sequence.request.params
+    bans = sequence.num_output < params.min_tokens or sequence.request.bad_words_ids
+    return bool(params.logit_bias or bans) or _has_penalties(params)
+
+
+def _banned_words(words: tuple[tuple[int, ...], ...], sequence: Sequence) -> list[int]:
+    """Last tokens of bad words whose other tokens end the answer so far."""
+    banned = []
+    for word in words:
+        start = len(sequence.token_ids) - (len(word) - 1)
+        if start >= sequence.num_prompt and tuple(sequence.token_ids[start:]) == word[:-1]:
+            banned.append(word[-1])
+    return banned

@@ -1,0 +1,497 @@
+"""What to compute next: continuous batching over a fixed pool of KV blocks.
+
+A loop around it:
+
+    step = scheduler.next_batch()        # which tokens of which sequences
+    results = runner.run(step)           # K/V written, next tokens sampled
+    outputs = scheduler.update(step, results)
+
+Policy
+- Order is (priority, arrival), lower first, everywhere. Priorities are strict and don't age: steady
+  work of one priority holds up all work of higher numbers for as long as it lasts. Within one
+  priority nobody starves: a request that can't be admitted yet holds up those behind it.
+- Each step computes every running sequence's next token, and fills up to `max_batch_tokens` with
+  prompts, in chunks where they don't fit: the leftover of one prompt's last chunk goes to the next.
+- Blocks are taken as a sequence grows. When none is left, the last running sequence in order is
+  preempted: it loses its blocks, waits at its place, and its tokens so far are computed again later
+  (those still found in the prefix cache are not). A sequence takes blocks only from those after
+  it, so the first in order always advances. To keep preemption rare, a request is admitted only when
+  its prompt fits along with what the running ones lack, plus a block for each to grow.
+- A waiting request preempts running ones of a higher priority number when it then fits.
+- A prompt whose next block is being computed by another sequence right now waits for that step and
+  then shares the block.
+
+`next_batch` may be called again before `update`: it then schedules what doesn't depend on the
+results still due. Steps must be run and updated in the order they were made. A sequence that is in
+a step not yet updated is never preempted, and if it ends early (cancelled, say), its blocks return
+with the update: the device may still be writing to them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Collection
+from operator import attrgetter
+from typing import NamedTuple
+
+from turbolm.cache.block_pool import BlockPool
+from turbolm.cache.prefix_cache import BlockKeys, match
+from turbolm.engine.step import ScheduledSequence, SchedulerStats, Step, StepResult
+from turbolm.errors import CapacityError, ConfigError, ContextOverflowError, EngineError, RequestError, TurbolmError
+from turbolm.types import FinishReason, Output, Request, Sequence, SequenceState, TokenLogprob, Usage
+
+
+class _Job:
+    """A sequence, with what the scheduler alone knows of it."""
+
+    __slots__ = (
+        "deferred", "has_answer", "keys", "max_blocks", "max_length", "min_length", "num_in_flight",
+        "num_prompt_logprobs", "num_scheduled", "place", "priority", "sequence", "stops",
+    )  # fmt: skip
+
+    def __init__(self, sequence: Sequence, number: int, max_context: int, block_size: int) -> None:
+        request = sequence.request
+        params = request.params
+        num_prompt = sequence.num_prompt
+        self.sequence = sequence
+        self.priority = request.priority
+        self.place = (request.priority, number)  # the order of all work; unique
+        self.keys = BlockKeys(sequence.token_ids, block_size, request.tenant, request.adapter)
+        self.num_scheduled = 0  # leading tokens that steps so far compute; sequence.num_computed follows at update
+        self.num_in_flight = 0  # steps with it that are not updated
+        self.num_prompt_logprobs = 0  # handed out, of those asked for
+        self.deferred = (-1, -1)  # the block (index) that it last waited for, and the step that computed it
+        # The answer ends when it is longer than min_length by one of these tokens, or reaches max_length.
+        self.stops = frozenset(params.stop_token_ids + (() if params.ignore_eos else request.eos_token_ids))
+        self.min_length = num_prompt + params.min_tokens
+        self.max_length = max_context if params.max_tokens is None else min(max_context, num_prompt + params.max_tokens)
+        self.has_answer = self.max_length > num_prompt
+        # The last token of the longest answer is never computed.
+        self.max_blocks = -(-max(num_prompt, self.max_length - 1) // block_size)
+
+
+class _InFlight(NamedTuple):
+    step: Step
+    jobs: list[_Job]  # of step.items
+    number: int
+
+
+_Part = tuple[ScheduledSequence, _Job]
+_place = attrgetter("place")
+
+
+class Scheduler:
+    """Decides what each step computes, and owns all KV blocks. Not thread-safe."""
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_batch_size: int,
+        max_batch_tokens: int,
+        max_context: int,
+        max_waiting: int,
+        prefix_cache: bool = True,
+    ) -> None:
+        """`max_batch_size` sequences run at once; a step has at most `max_batch_tokens` tokens; prompt
+        plus answer have at most `max_context`; at most `max_waiting` requests wait."""
+        for name, value in (
+            ("num_blocks", num_blocks),
+            ("block_size", block_size),
+            ("max_batch_size", max_batch_size),
+            ("max_context", max_context),
+            ("max_waiting", max_waiting),
+        ):
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        if max_batch_tokens < max_batch_size:
+            raise ConfigError(
+                f"max_batch_tokens is {max_batch_tokens}, but {max_batch_size} sequences (max_batch_size) need a token "
+                "each per step: raise max_batch_tokens or lower max_batch_size"
+            )
+        self.block_size = block_size
+        self.max_batch_size = max_batch_size
+        self.max_batch_tokens = max_batch_tokens
+        self.max_context = max_context
+        self.max_waiting = max_waiting
+        self.prefix_cache = prefix_cache
+        self._pool = BlockPool(num_blocks)
+        self._jobs: dict[tuple[str, int], _Job] = {}  # all that are alive, by (request id, index)
+        self._waiting: list[_Job] = []  # in order, as is
+        self._running: list[_Job] = []
+        self._in_flight: deque[_InFlight] = deque()
+        self._pending: dict[bytes, int] = {}  # key of a block being computed → number of the step that does
+        self._num_added = 0
+        self._num_steps = 0
+        self._num_preemptions = 0
+        self._num_prompt_tokens = 0
+        self._num_prefix_hit_tokens = 0
+
+    # Requests come and go
+
+    def add(self, request: Request) -> Sequence:
+        """Queues a request. Raises CapacityError if the queue is full or the request could not run even
+        alone, RequestError if its (id, index) is in use, ContextOverflowError if the prompt leaves no
+        room for an answer."""
+        key = (request.id, request.index)
+        if key in self._jobs:
+            raise RequestError(f"request '{request.id}' (answer {request.index}) is already in work: use another id")
+        if len(self._waiting) >= self.max_waiting:
+            raise CapacityError(
+                f"{len(self._waiting)} requests are waiting, and max_waiting is {self.max_waiting}: try again later"
+            )
+        sequence = Sequence(request)
+        job = _Job(sequence, self._num_added, self.max_context, self.block_size)
+        if sequence.num_prompt + (request.params.max_tokens != 0) > self.max_context:
+            raise ContextOverflowError(
+                f"the prompt has {sequence.num_prompt} tokens and the context {self.max_context}, which leaves no room "
+                "for an answer: shorten the prompt or raise max_context",
+                "prompt",
+            )
+        if job.max_blocks > self._pool.num_blocks:
+            size = self.block_size
+            raise CapacityError(
+                f"prompt ({sequence.num_prompt} tokens) and answer (up to {job.max_length - sequence.num_prompt}) need "
+                f"{job.max_blocks} KV blocks of {size} tokens, and the whole KV cache has {self._pool.num_blocks} "
+                f"({self._pool.num_blocks * size} tokens): lower max_tokens, shorten the prompt, or raise kv_memory"
+            )
+        self._num_added += 1
+        self._jobs[key] = job
+        insort(self._waiting, job, key=_place)
+        return sequence
+
+    def cancel(self, request_id: str, index: int = 0) -> Output | None:
+        """Ends a request; its last output, or None if there is no such request (any more)."""
+        return self.finish(request_id, index, "cancelled")
+
+    def finish(
+        self,
+        request_id: str,
+        index: int,
+        reason: FinishReason,
+        stop: str | None = None,
+        error: TurbolmError | None = None,
+    ) -> Output | None:
+        """Ends a request for a reason that the scheduler can't see, such as a stop string in its text;
+        its last output, or None if there is no such request (any more)."""
+        job = self._jobs.get((request_id, index))
+        return None if job is None else self._end(job, reason, stop, error=error)
+
+    def fail(self, error: TurbolmError, step: Step | None = None) -> list[Output]:
+        """Ends with `error` the sequences of a step that broke, in place of its `update`; without a
+        step, every request. Returns the last outputs."""
+        jobs = list(self._jobs.values())
+        if step is not None:
+            jobs = self._close_step(step)
+            for job in jobs:
+                job.num_in_flight -= 1
+                self._release_if_over(job)
+        return [self._end(job, "error", error=error) for job in jobs if job.sequence.finish_reason is None]
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is waiting or running. While so and all steps are updated, `next_batch`
+        has something to do."""
+        return bool(self._jobs)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def stats(self) -> SchedulerStats:
+        return SchedulerStats(
+            num_steps=self._num_steps,
+            num_preemptions=self._num_preemptions,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_prefix_hit_tokens=self._num_prefix_hit_tokens,
+            num_blocks=self._pool.num_blocks,
+            num_used_blocks=self._pool.num_owned,
+            num_idle_blocks=self._pool.num_idle,
+        )
+
+    # Before a step
+
+    def next_batch(self) -> Step | None:
+        """What to compute next; None if there is nothing to do before another `update` or `add`."""
+        self._make_way()
+        decodes: list[_Part] = []
+        prefills: list[_Part] = []
+        budget = self._continue_running(decodes, prefills)
+        self._admit(budget, decodes, prefills)
+        parts = decodes + prefills
+        if not parts:
+            return None
+        step = Step(tuple([item for item, _ in parts]), sum([item.num_new_tokens for item, _ in parts]))
+        self._in_flight.append(_InFlight(step, [job for _, job in parts], self._num_steps))
+        self._num_steps += 1
+        return step
+
+    def _continue_running(self, decodes: list[_Part], prefills: list[_Part]) -> int:
+        """Schedules running sequences; returns how many tokens are left for new ones."""
+        num_decodes = 0
+        for job in self._running:
+            if len(job.sequence.token_ids) - job.num_scheduled == 1:
+                num_decodes += 1
+        budget = self.max_batch_tokens - num_decodes  # for prompts
+        for job in self._running:  # _grow removes none but later ones
+            sequence = job.sequence
+            num_left = len(sequence.token_ids) - job.num_scheduled
+            if num_left == 1:
+                if job.num_scheduled < len(sequence.blocks) * self.block_size or self._grow(job, 1):
+                    decodes.append((self._schedule(job, 1), job))
+            elif num_left and budget:
+                num_new = min(num_left, budget)
+                if self._grow(job, num_new):
+                    prefills.append((self._schedule(job, num_new), job))
+                    budget -= num_new
+        return budget
+
+    def _admit(self, budget: int, decodes: list[_Part], prefills: list[_Part]) -> None:
+        """Starts waiting sequences, as far as tokens, places and blocks allow."""
+        deferred: list[_Job] = []
+        num_seen = 0
+        reserve: int | None = None
+        for job in self._waiting:
+            if not budget or len(self._running) + len(deferred) >= self.max_batch_size:
+                break
+            hits = self._match(job)
+            if self._awaits_block(job, len(hits)):
+                deferred.append(job)
+                num_seen += 1
+                continue
+            if reserve is None:
+                reserve = self._reserve()
+            if self._num_missing(job, hits, reserve) > 0:
+                break
+            num_seen += 1
+            self._start(job, hits)
+            num_left = len(job.sequence.token_ids) - job.num_scheduled
+            num_new = min(num_left, budget)
+            self._grow(job, num_new)
+            (decodes if num_left == 1 else prefills).append((self._schedule(job, num_new), job))
+            budget -= num_new
+            reserve += self._num_wanted(job)
+        if num_seen:
+            self._waiting[:num_seen] = deferred
+
+    def _make_way(self) -> None:
+        """Preempts running sequences for the first waiting one, if it has priority over them and fits then."""
+        if not self._waiting or not self._running or self._waiting[0].priority >= self._running[-1].priority:
+            return
+        first = self._waiting[0]
+        victims = [job for job in reversed(self._running) if job.priority > first.priority and not job.num_in_flight]
+        num_missing = self._num_missing(first, self._match(first), self._reserve())
+        gain = sum(self._pool.count_sole(job.sequence.blocks) + self._num_wanted(job) for job in victims)
+        if num_missing > gain:
+            return
+        for job in victims:
+            if num_missing <= 0 and len(self._running) < self.max_batch_size:
+                break
+            self._preempt(job)
+            num_missing = self._num_missing(first, self._match(first), self._reserve())
+
+    def _match(self, job: _Job) -> list[int]:
+        return match(self._pool, job.keys, self._num_shareable(job))
+
+    def _num_shareable(self, job: _Job) -> int:
+        """How many leading blocks may come from the prefix cache: at least one token is computed, so
+        that there is something to sample from; all are where the prompt's log-probabilities are due."""
+        sequence = job.sequence
+        if not self.prefix_cache:
+            return 0
+        if sequence.request.params.prompt_logprobs is not None and job.num_prompt_logprobs < sequence.num_prompt:
+            return 0
+        return (len(sequence.token_ids) - 1) // self.block_size
+
+    def _awaits_block(self, job: _Job, index: int) -> bool:
+        """Whether to leave `job` waiting because its block `index` is being computed in a step not updated
+        yet. It waits for a block once: if that came to nothing, it computes the block itself."""
+        if not self._pending or index >= self._num_shareable(job):
+            return False
+        step = self._pending.get(job.keys[index])
+        if step is None or (index <= job.deferred[0] and step != job.deferred[1]):
+            return False
+        job.deferred = (index, step)
+        return True
+
+    def _num_wanted(self, job: _Job) -> int:
+        """Blocks that a running sequence lacks for the tokens it has, and one to grow."""
+        num_blocks = -(-len(job.sequence.token_ids) // self.block_size) + 1
+        return min(num_blocks, job.max_blocks) - len(job.sequence.blocks)
+
+    def _reserve(self) -> int:
+        return sum(map(self._num_wanted, self._running))
+
+    def _num_missing(self, job: _Job, hits: list[int], reserve: int) -> int:
+        """How many blocks are missing to admit `job`, given its cached blocks; 0 or less: none."""
+        num_blocks = min(-(-len(job.sequence.token_ids) // self.block_size), job.max_blocks)
+        return num_blocks - len(hits) + reserve - (self._pool.num_available - self._pool.count_idle(hits))
+
+    def _start(self, job: _Job, hits: list[int]) -> None:
+        sequence = job.sequence
+        self._pool.acquire(hits)
+        sequence.blocks = hits
+        sequence.num_computed = job.num_scheduled = len(hits) * self.block_size
+        sequence.state = SequenceState.RUNNING
+        insort(self._running, job, key=_place)
+        if sequence.num_preemptions == 0:
+            sequence.num_cached = sequence.num_computed
+            self._num_prompt_tokens += sequence.num_prompt
+            self._num_prefix_hit_tokens += sequence.num_cached
+
+    def _grow(self, job: _Job, num_new: int) -> bool:
+        """Takes the blocks for `num_new` more tokens, if need be from running sequences that come later;
+        False if that isn't possible now."""
+        blocks = job.sequence.blocks
+        num_missing = -(-(job.num_scheduled + num_new) // self.block_size) - len(blocks)
+        if num_missing <= 0:
+            return True
+        while self._pool.num_available < num_missing:
+            if not self._preempt_after(job):
+                return False
+        blocks.extend(self._pool.allocate(num_missing))
+        return True
+
+    def _preempt_after(self, job: _Job) -> bool:
+        """Preempts the last running sequence, unless that is `job` or before it."""
+        for other in reversed(self._running):
+            if other is job:
+                break
+            if not other.num_in_flight:
+                self._preempt(other)
+                return True
+        return False
+
+    def _preempt(self, job: _Job) -> None:
+        sequence = job.sequence
+        self._free_blocks(sequence)
+        sequence.num_computed = job.num_scheduled = 0
+        sequence.num_preemptions += 1
+        sequence.state = SequenceState.WAITING
+        _remove(self._running, job)
+        insort(self._waiting, job, key=_place)
+        self._num_preemptions += 1
+
+    def _schedule(self, job: _Job, num_new: int) -> ScheduledSequence:
+        sequence = job.sequence
+        start = job.num_scheduled
+        end = start + num_new
+        job.num_scheduled = end
+        job.num_in_flight += 1
+        if num_new > 1 and self.prefix_cache:
+            for index in range(start // self.block_size, end // self.block_size):
+                self._pending.setdefault(job.keys[index], self._num_steps)
+        samples = job.has_answer and end == len(sequence.token_ids)
+        return ScheduledSequence(sequence, start, num_new, samples)
+
+    # After a step
+
+    def update(self, step: Step, results: Collection[StepResult]) -> list[Output]:
+        """Takes the results of the oldest step not yet updated, one per item; returns what there is to
+        hand out, in the step's order."""
+        if len(results) != len(step.items):
+            raise EngineError(f"a step of {len(step.items)} sequences yielded {len(results)} results")
+        size = self.block_size
+        outputs = []
+        for job, item, result in zip(self._close_step(step), step.items, results, strict=True):
+            job.num_in_flight -= 1
+            sequence = job.sequence
+            if sequence.finish_reason is not None:  # ended while this step ran
+                self._release_if_over(job)
+                continue
+            num_full = sequence.num_computed // size
+            sequence.num_computed += item.num_new_tokens
+            if self.prefix_cache and sequence.num_computed >= (num_full + 1) * size:
+                for index in range(num_full, sequence.num_computed // size):
+                    self._pool.publish(sequence.blocks[index], job.keys[index])
+            output = self._extend(job, item, result)
+            if output is not None:
+                outputs.append(output)
+        return outputs
+
+    def _close_step(self, step: Step) -> list[_Job]:
+        """Takes the oldest step off those in flight; returns its items' jobs."""
+        if not self._in_flight or self._in_flight[0].step is not step:
+            raise EngineError("steps must be updated once each, in the order in which next_batch made them")
+        flight = self._in_flight.popleft()
+        for job, item in zip(flight.jobs, step.items, strict=True):
+            if item.num_new_tokens > 1 and self._pending:
+                end = item.start + item.num_new_tokens
+                for index in range(item.start // self.block_size, end // self.block_size):
+                    if self._pending.get(job.keys[index]) == flight.number:
+                        del self._pending[job.keys[index]]
+        return flight.jobs
+
+    def _extend(self, job: _Job, item: ScheduledSequence, result: StepResult) -> Output | None:
+        """Appends the sampled tokens as far as the answer goes."""
+        sequence = job.sequence
+        token_ids = sequence.token_ids
+        assert item.samples == bool(result.token_ids), f"{sequence}: {len(result.token_ids)} tokens sampled"
+        reason: FinishReason | None = None
+        stop: int | None = None
+        num_taken = 0
+        for token in result.token_ids:
+            token_ids.append(token)
+            num_taken += 1
+            if token in job.stops and len(token_ids) > job.min_length:
+                reason, stop = "stop", token
+                break
+            if len(token_ids) >= job.max_length:
+                reason = "length"
+                break
+        if not job.has_answer and sequence.num_computed == sequence.num_prompt:
+            reason = "length"
+        prompt_logprobs = result.prompt_logprobs
+        if prompt_logprobs:  # less those handed out before a preemption
+            first = item.start + 1 if item.start else 0
+            prompt_logprobs = prompt_logprobs[max(0, job.num_prompt_logprobs - first) :]
+            job.num_prompt_logprobs += len(prompt_logprobs)
+        if reason is None:
+            if not num_taken and not prompt_logprobs:
+                return None
+            request = sequence.request
+            return Output(request.id, request.index, result.token_ids, (), result.logprobs, prompt_logprobs)
+        sequence.stop = stop
+        num_shown = num_taken - (stop is not None and not sequence.request.params.include_stop)
+        return self._end(job, reason, stop, result.token_ids[:num_shown], result.logprobs[:num_shown], prompt_logprobs)
+
+    def _end(
+        self,
+        job: _Job,
+        reason: FinishReason,
+        stop: int | str | None = None,
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] = (),
+        prompt_logprobs: tuple[TokenLogprob | None, ...] = (),
+        error: TurbolmError | None = None,
+    ) -> Output:
+        """Ends a live sequence: the one place where a last output is made."""
+        sequence = job.sequence
+        request = sequence.request
+        _remove(self._running if sequence.state is SequenceState.RUNNING else self._waiting, job)
+        del self._jobs[request.id, request.index]
+        sequence.state = SequenceState.FINISHED
+        sequence.finish_reason = reason
+        self._release_if_over(job)
+        usage = Usage(sequence.num_prompt, sequence.num_output, sequence.num_cached)
+        return Output(request.id, request.index, token_ids, (), logprobs, prompt_logprobs, reason, stop, usage, error)
+
+    def _release_if_over(self, job: _Job) -> None:
+        if job.sequence.finish_reason is not None and not job.num_in_flight:
+            self._free_blocks(job.sequence)
+
+    def _free_blocks(self, sequence: Sequence) -> None:
+        self._pool.release(reversed(sequence.blocks))
+        sequence.blocks = []
+
+
+def _remove(jobs: list[_Job], job: _Job) -> None:
+    index = bisect_left(jobs, job.place, key=_place)
+    assert jobs[index] is job
+    del jobs[index]

@@ -1,0 +1,28 @@
+"""Every environment variable that turbolm reads. For debugging and for caches, never for features."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+#: name → what it does; `turbolm doctor` prints this table.
+VARIABLES = {
+    "TURBOLM_CACHE": "folder for downloaded models and repacked weights (default ~/.cache/turbolm)",
+    "TURBOLM_LOG": "log level: debug, info, warning, error (default warning)",
+    "TURBOLM_ISA": "restrict native CPU kernels to one variant: avx2, avx512, avx512vnni, amx, neon",
+}
+
+
+def get(name: str) -> str | None:
+    """The value of a listed variable, None where it is unset or empty."""
+    assert name in VARIABLES, f"{name} is missing from env.VARIABLES"
+    return os.environ.get(name) or None
+
+
+def cache_folder() -> Path:
+    """Where downloaded and derived model files live; it need not exist yet."""
+    given = get("TURBOLM_CACHE")
+    if given:
+        return Path(given).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "turbolm"

@@ -1,0 +1,425 @@
+"""`AsyncLLM`, a model with its engine; `LLM`, the same without async."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import sys
+import threading
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, TypeVar, cast
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from turbolm.config import DEFAULT_MODEL, EngineConfig, ResolvedConfig
+from turbolm.engine.engine import Engine
+from turbolm.engine.scheduler import SchedulerStats
+from turbolm.errors import ContextOverflowError, RequestError
+from turbolm.loading import LoadedModel, load_model
+from turbolm.stream import AnswerStream
+from turbolm.text import ChatTemplate, PartParser, Tokenizer, choose_reasoning_format, encode_chat, parser_for
+from turbolm.types import Completion, Output, Request, SamplingParams, Score
+
+T = TypeVar("T")
+Message = Mapping[str, Any]
+
+
+class _Route:
+    """Where one request's outputs go."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.outputs: asyncio.Queue[Output] = asyncio.Queue()
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """What to compute, and how to read the answer."""
+
+    token_ids: tuple[int, ...]
+    parser: Callable[[], PartParser]
+    is_continuation: bool
+
+
+class AsyncLLM:
+    """A loaded model that serves any number of requests at once.
+
+    `model`: a folder, a .gguf file, "hf:org/name", "ms:org/name", "pypi:package" or a short name.
+    `config` and `options` are `EngineConfig` and its fields. Raises UserError or CapacityError where
+    the model can't be loaded here.
+    """
+
+    def __init__(
+        self,
+        model: str = DEFAULT_MODEL,
+        config: EngineConfig | None = None,
+        *,
+        progress: bool = True,
+        **options: object,
+    ) -> None:
+        loaded = load_model(model, EngineConfig.of(config, **options), progress)
+        self._model: LoadedModel = loaded
+        self.model_name = loaded.name
+        self.config: ResolvedConfig = loaded.config
+        self.tokenizer: Tokenizer = loaded.tokenizer
+        self.chat_template: ChatTemplate | None = loaded.chat_template
+        self.default_params = loaded.default_params
+        """What the checkpoint recommends; used where a request brings no parameters."""
+        self._routes: dict[str, _Route] = {}
+        self._scheduler = loaded.scheduler
+        self._engine = Engine(loaded.scheduler, loaded.runner, self._deliver)
+
+    def generate(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, priority: int = 0, tenant: str = ""
+    ) -> AsyncIterator[Output]:
+        """Continue a text or token ids. Yields deltas; each of the `n` answers ends with one that has
+        a `finish_reason`. Closing the iterator cancels. Raises RequestError before anything runs."""
+        return self._submit(self._plain(prompt), params, priority, tenant)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+        priority: int = 0,
+        tenant: str = "",
+    ) -> AsyncIterator[Output]:
+        """Answer a conversation (OpenAI-style messages), as `generate`. Text, reasoning and tool calls
+        come as parts of their own. Control tokens typed inside messages stay plain text."""
+        return self._submit(self._conversation(messages, tools, template_variables), params, priority, tenant)
+
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """The conversation as the model sees it, up to where its answer begins."""
+        return list(self._conversation(messages, tools, template_variables).token_ids)
+
+    async def score(self, text: str | Sequence[int], *, window: int | None = None) -> Score:
+        """The log-likelihood of given text.
+
+        Without `window` the whole text is one context (refused where it's too long). With it, the
+        text is cut into consecutive windows of that many tokens, a shorter rest is left out, and the
+        second half of each is scored given its first half, as llama.cpp measures perplexity."""
+        token_ids = self.tokenizer.encode(text) if isinstance(text, str) else list(text)
+        if window is None:
+            return Score(tuple(token_ids), await self._logprobs(token_ids))
+        if not 4 <= window <= self.config.max_context:
+            raise RequestError(f"window must be from 4 to {self.config.max_context} tokens, got {window}", "window")
+        if len(token_ids) < window:
+            raise RequestError(f"the text has {len(token_ids)} tokens, less than one window of {window}", "text")
+        starts = range(0, len(token_ids) - window + 1, window)
+        chunks = await asyncio.gather(*(self._logprobs(token_ids[start : start + window]) for start in starts))
+        halves = (value if position > window // 2 else None for chunk in chunks for position, value in enumerate(chunk))
+        return Score(tuple(token_ids[: len(chunks) * window]), tuple(halves))
+
+    @property
+    def stats(self) -> SchedulerStats:
+        """What the engine has counted so far."""
+        return self._scheduler.stats
+
+    async def close(self) -> None:
+        """Cancel what is running and free the model. Idempotent."""
+        await asyncio.to_thread(self._engine.close)
+
+    async def __aenter__(self) -> AsyncLLM:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def _prompt(self, prompt: str | Sequence[int] | Sequence[Message]) -> _Prompt:
+        """A text, token ids or messages."""
+        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+            return self._conversation(cast(Sequence[Message], prompt), None, None)
+        return self._plain(cast("str | Sequence[int]", prompt))
+
+    def _plain(self, prompt: str | Sequence[int]) -> _Prompt:
+        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return _Prompt(tuple(token_ids), PartParser, is_continuation=True)
+
+    def _conversation(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        template_variables: Mapping[str, Any] | None,
+    ) -> _Prompt:
+        template = self.chat_template
+        if template is None:
+            raise RequestError(
+                f"'{self.model_name}' has no chat template; use generate with a plain prompt, or choose a template: "
+                "llm.chat_template = named_template('chatml')",
+                "messages",
+            )
+        token_ids = encode_chat(self.tokenizer, template, messages, tools=tools, **(template_variables or {}))
+        reasoning = choose_reasoning_format(template.source)
+        tail = self.tokenizer.decode(token_ids[-16:], skip_special=False)
+        is_open = reasoning is not None and reasoning.is_open(tail)  # some templates open the block themselves
+
+        def parser() -> PartParser:
+            return parser_for(template.source, tools_given=bool(tools), tools=tools or (), starts_in_reasoning=is_open)
+
+        return _Prompt(tuple(token_ids), parser, is_continuation=False)
+
+    async def _logprobs(self, token_ids: Sequence[int]) -> tuple[float | None, ...]:
+        params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+        result = Output.collect([output async for output in self._submit(self._plain(token_ids), params)])
+        if result.error is not None:
+            raise result.error
+        return tuple(None if entry is None else entry.logprob for entry in result.prompt_logprobs)
+
+    def _submit(
+        self, prompt: _Prompt, params: SamplingParams | None = None, priority: int = 0, tenant: str = ""
+    ) -> AsyncIterator[Output]:
+        params = self.default_params if params is None else params
+        self._check(prompt.token_ids, params)
+        first = Request(
+            id=uuid.uuid4().hex,
+            prompt_token_ids=prompt.token_ids,
+            params=params,
+            priority=priority,
+            tenant=tenant,
+            eos_token_ids=self._model.eos_token_ids,
+            bad_words_ids=self._tokenize_bad_words(params.bad_words),
+        )
+        requests = [replace(first, index=index) for index in range(params.n)]
+        streams = [
+            AnswerStream(request, self.tokenizer, prompt.parser(), is_continuation=prompt.is_continuation)
+            for request in requests
+        ]
+        return self._run(requests, streams)
+
+    def _check(self, token_ids: Sequence[int], params: SamplingParams) -> None:
+        """What depends on the model: context and vocabulary."""
+        limit, num_prompt, vocabulary = self.config.max_context, len(token_ids), self._model.vocab_size
+        wanted = 1 if params.max_tokens is None else params.max_tokens
+        if num_prompt + wanted > limit:
+            answer = "an answer" if params.max_tokens is None else f"max_tokens {params.max_tokens}"
+            raise ContextOverflowError(
+                f"the prompt has {num_prompt} tokens; with {answer} that exceeds the context of {limit} tokens. "
+                "Shorten the prompt, lower max_tokens or raise max_context",
+                "prompt",
+            )
+        for name, ids in (
+            ("prompt", token_ids), ("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids),
+        ):  # fmt: skip
+            for token in ids:
+                if not 0 <= token < vocabulary:
+                    raise RequestError(f"{name} holds token id {token}; the vocabulary is 0 to {vocabulary - 1}", name)
+
+    def _tokenize_bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Each word as it's tokenized at the start of a text and after a space."""
+        variants = (self.tokenizer.encode(p + w, add_special=False) for w in words for p in ("", " "))
+        return tuple(dict.fromkeys(tuple(ids) for ids in variants if ids))
+
+    async def _run(self, requests: Sequence[Request], streams: Sequence[AnswerStream]) -> AsyncIterator[Output]:
+        request_id = requests[0].id
+        route = self._routes[request_id] = _Route(asyncio.get_running_loop())
+        num_open = len(requests)
+        try:
+            self._engine.submit(requests)
+            while num_open:
+                output = await route.outputs.get()
+                delta = streams[output.index].push(output)
+                if delta is None:
+                    continue
+                if delta.is_final:
+                    num_open -= 1
+                    if not output.is_final:  # a stop string: the engine doesn't know yet
+                        self._engine.cancel(request_id, output.index)
+                yield delta
+        finally:
+            del self._routes[request_id]
+            for request, stream in zip(requests, streams, strict=True):
+                if not stream.is_over:
+                    self._engine.cancel(request_id, request.index)
+
+    def _deliver(self, outputs: Sequence[Output]) -> None:
+        """Called in the engine's thread: one wake-up per event loop and step."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Route, Output]]] = {}
+        for output in outputs:
+            route = self._routes.get(output.request_id)
+            if route is not None:
+                by_loop.setdefault(route.loop, []).append((route, output))
+        for loop, items in by_loop.items():
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_put, items)
+
+
+def _put(items: list[tuple[_Route, Output]]) -> None:
+    for route, output in items:
+        route.outputs.put_nowait(output)
+
+
+class LLM:
+    """`AsyncLLM` without async: the same arguments; methods wait for their results."""
+
+    def __init__(
+        self,
+        model: str = DEFAULT_MODEL,
+        config: EngineConfig | None = None,
+        *,
+        progress: bool = True,
+        **options: object,
+    ) -> None:
+        self._llm = AsyncLLM(model, config, progress=progress, **options)
+        self._show = progress
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="turbolm-llm", daemon=True)
+        self._thread.start()
+
+    @property
+    def model_name(self) -> str:
+        return self._llm.model_name
+
+    @property
+    def config(self) -> ResolvedConfig:
+        return self._llm.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._llm.tokenizer
+
+    @property
+    def default_params(self) -> SamplingParams:
+        return self._llm.default_params
+
+    def generate(
+        self, prompts: str | Sequence[str] | Sequence[Sequence[int]], params: SamplingParams | None = None
+    ) -> list[Completion]:
+        """Continue each prompt (a text, or token ids); results in the order of the prompts. A bad
+        request raises before anything runs; one that fails later has an output with `error`, and
+        doesn't touch the others."""
+        given: Sequence[Any] = [prompts] if isinstance(prompts, str) else prompts
+        return self._complete([self._llm._plain(prompt) for prompt in given], params)
+
+    def chat(
+        self,
+        conversations: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[Completion]:
+        """Answer one conversation (a list of messages) or several, as `generate`."""
+        is_one = bool(conversations) and isinstance(conversations[0], Mapping)
+        given: Sequence[Any] = [conversations] if is_one else conversations
+        return self._complete([self._llm._conversation(messages, tools, None) for messages in given], params)
+
+    def stream(
+        self, prompt: str | Sequence[int] | Sequence[Message], params: SamplingParams | None = None
+    ) -> Iterator[Output]:
+        """Deltas of the answer to a text, token ids or messages, as they come. Leaving the loop cancels."""
+        return (delta for _, delta in self.stream_many([prompt], params))
+
+    def stream_many(
+        self, prompts: Sequence[str | Sequence[int] | Sequence[Message]], params: SamplingParams | None = None
+    ) -> Iterator[tuple[int, Output]]:
+        """(prompt number, delta) of all answers, as they come. Leaving the loop cancels what is left."""
+        streams = [self._llm._submit(self._llm._prompt(prompt), params) for prompt in prompts]
+        deltas: queue.Queue[tuple[int, Output] | BaseException | None] = queue.Queue()
+
+        async def pump(index: int, stream: AsyncIterator[Output]) -> None:
+            async for delta in stream:
+                deltas.put((index, delta))
+
+        async def pump_all() -> None:
+            try:
+                await asyncio.gather(*(pump(index, stream) for index, stream in enumerate(streams)))
+                deltas.put(None)
+            except Exception as error:  # noqa: BLE001 (raised again in the caller's thread)
+                deltas.put(error)
+
+        future = asyncio.run_coroutine_threadsafe(pump_all(), self._loop)
+        try:
+            while (item := deltas.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            future.cancel()
+
+    def score(self, texts: str | Sequence[str] | Sequence[Sequence[int]], *, window: int | None = None) -> list[Score]:
+        """The log-likelihood and perplexity of each text, as `AsyncLLM.score`."""
+        given: list[Any] = [texts] if isinstance(texts, str) else list(texts)
+
+        with _count_bar("scoring", len(given), self._show) as advance:
+
+            async def one(text: Any) -> Score:
+                score = await self._llm.score(text, window=window)
+                advance(1)
+                return score
+
+            return self._gather([one(text) for text in given])
+
+    @property
+    def stats(self) -> SchedulerStats:
+        return self._llm.stats
+
+    def close(self) -> None:
+        """Cancel what is running and free the model. Idempotent."""
+        if self._thread.is_alive():
+            self._gather([self._llm.close()])
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _complete(self, prompts: Sequence[_Prompt], params: SamplingParams | None) -> list[Completion]:
+        streams = [self._llm._submit(prompt, params) for prompt in prompts]
+        with _count_bar("generating", len(prompts), self._show) as advance:
+
+            async def one(prompt: _Prompt, stream: AsyncIterator[Output]) -> Completion:
+                deltas: dict[int, list[Output]] = {}
+                async for delta in stream:
+                    deltas.setdefault(delta.index, []).append(delta)
+                advance(1)
+                return Completion(prompt.token_ids, tuple(Output.collect(deltas[index]) for index in sorted(deltas)))
+
+            return self._gather([one(prompt, stream) for prompt, stream in zip(prompts, streams, strict=True)])
+
+    def _gather(self, jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+        """Run coroutines together on the engine's loop, and wait; ctrl-C cancels them."""
+
+        async def run() -> list[T]:
+            return list(await asyncio.gather(*jobs))
+
+        future = asyncio.run_coroutine_threadsafe(run(), self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+
+Advance = Callable[[int], None]
+
+
+@contextlib.contextmanager
+def _count_bar(title: str, total: int, show: bool) -> Iterator[Advance]:
+    """A progress bar over things done, on a terminal's standard error; silent elsewhere and for one."""
+    if not show or total < 2 or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda count: bar.advance(task, count)

@@ -1,0 +1,122 @@
+"""From a model's name to everything that serving it takes."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from turbolm.config import EngineConfig, ResolvedConfig, resolve
+from turbolm.engine.build import build, build_null, model_needs, null_needs
+from turbolm.engine.runner import Runner
+from turbolm.engine.scheduler import Scheduler
+from turbolm.errors import CheckpointError
+from turbolm.hub import fetch
+from turbolm.models import loader
+from turbolm.models.checkpoint import Checkpoint, open_checkpoint
+from turbolm.models.registry import decoder_spec
+from turbolm.ops.hardware import probe
+from turbolm.text import ChatTemplate, Tokenizer, byte_tokenizer, load_tokenizer, tokenizer_from_gguf
+from turbolm.types import SamplingParams
+
+NULL_MODEL = "null"  # the deterministic model without weights
+
+# generation_config.json field → SamplingParams field
+_RECOMMENDED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    name: str
+    config: ResolvedConfig
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    default_params: SamplingParams
+    scheduler: Scheduler
+    runner: Runner
+
+
+def load_model(name: str, config: EngineConfig, progress: bool) -> LoadedModel:
+    """Fetch, check and load a model. Raises UserError or CapacityError, with what to do."""
+    hardware = probe()
+    if name == NULL_MODEL:
+        return _null(resolve(config, null_needs(), hardware))
+    local = fetch(name, progress=progress)
+    checkpoint = open_checkpoint(local.path)
+    spec = decoder_spec(checkpoint.config)
+    tokenizer = _tokenizer(checkpoint)
+    if tokenizer.vocab_size > spec.vocab_size:
+        raise CheckpointError(
+            f"'{name}': the tokenizer has {tokenizer.vocab_size} tokens, the model {spec.vocab_size}; the files "
+            "don't belong together"
+        )
+    resolved = resolve(config, model_needs(local.name, checkpoint, spec), hardware)
+    with _loading_bar(local.name, progress) as advance:
+        parts = build(checkpoint, resolved, advance)
+    eos = (_token_ids(values.get("eos_token_id")) for values in (checkpoint.generation_config, checkpoint.config))
+    return LoadedModel(
+        name=local.name,
+        config=resolved,
+        tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
+        vocab_size=spec.vocab_size,
+        eos_token_ids=tuple(dict.fromkeys([*tokenizer.eos_ids, *(token for ids in eos for token in ids)])),
+        default_params=_default_params(checkpoint.generation_config),
+        scheduler=parts.scheduler,
+        runner=parts.runner,
+    )
+
+
+def _null(config: ResolvedConfig) -> LoadedModel:
+    tokenizer = byte_tokenizer()
+    parts = build_null(config)
+    return LoadedModel(
+        name=NULL_MODEL,
+        config=config,
+        tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
+        vocab_size=tokenizer.vocab_size,
+        eos_token_ids=(),
+        default_params=SamplingParams(),
+        scheduler=parts.scheduler,
+        runner=parts.runner,
+    )
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    if checkpoint.gguf is not None:
+        return tokenizer_from_gguf(checkpoint.gguf.metadata)
+    return load_tokenizer(checkpoint.path)
+
+
+def _token_ids(value: object) -> tuple[int, ...]:
+    values = value if isinstance(value, list) else [value]
+    return tuple(token for token in values if type(token) is int)
+
+
+def _default_params(generation_config: Mapping[str, object]) -> SamplingParams:
+    """What the checkpoint recommends, as far as it says so."""
+    known = {field.name for field in fields(SamplingParams)}
+    given = {
+        name: value for name in _RECOMMENDED if name in known and (value := generation_config.get(name)) is not None
+    }
+    if generation_config.get("do_sample") is False:
+        given["temperature"] = 0.0
+    return SamplingParams.of(**given)
+
+
+@contextlib.contextmanager
+def _loading_bar(name: str, show: bool) -> Iterator[loader.Progress | None]:
+    if not show or not sys.stderr.isatty():
+        yield None
+        return
+    columns = (TextColumn("loading {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(name)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

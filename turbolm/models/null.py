@@ -1,0 +1,36 @@
+"""A deterministic model without weights, for tests of everything around a model.
+
+The next token is a function of the last token and its position; it never ends by itself. It reads
+the last token back from its KV cache, so that a block that was lost or shared wrongly shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from turbolm.cache.spec import CacheSpec, LayerCacheSpec
+from turbolm.ops import LayerCache
+from turbolm.types import Batch
+
+NULL_VOCABULARY = 256  # bytes: the answer is printable ASCII
+
+
+class NullModel:
+    """Logits are 0 for the next token and -10 for the others."""
+
+    cache_spec = CacheSpec((LayerCacheSpec(num_kv_heads=1, head_dim=1, v_head_dim=1),), torch.float32)
+
+    def forward(self, batch: Batch, caches: Sequence[LayerCache]) -> Tensor:
+        """float32 logits [r, 256] of the rows `batch.logit_rows`."""
+        cache = caches[0]
+        slots = batch.slots.long()
+        block, offset = slots // cache.block_size, slots % cache.block_size
+        cache.k[block, 0, offset, 0] = batch.token_ids.float()
+        rows = batch.logit_rows.long()
+        last = cache.k[block[rows], 0, offset[rows], 0].long()
+        chosen = 97 + (last * 31 + batch.positions.long()[rows] * 7) % 26
+        logits = torch.full((rows.shape[0], NULL_VOCABULARY), -10.0)
+        return logits.scatter_(1, chosen.unsqueeze(1), 0.0)

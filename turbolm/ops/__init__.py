@@ -1,0 +1,137 @@
+"""The ops that a model is made of: one class per backend, one method per op.
+
+    t  tokens of a step        h  hidden size             n, k  out and in features of a matrix
+    w  width of a qkv row = (num_heads + num_kv_heads) * head_dim + num_kv_heads * v_head_dim
+
+`Ops` is the contract; `reference.py` is it in plain torch (the oracle, and the portable CPU
+backend). A model's layers ask their backend to `prepare` weights once and then call nothing but
+these ops on activations, never a tensor method: so a backend may hand around its own handles
+instead of tensors (the CPU's recorded plan does).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from turbolm.types import Batch
+    from turbolm.weights import Weight
+
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """One layer's attention. Shapes in elements."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int  # of q and k
+    v_head_dim: int
+    scale: float  # multiplies q·k
+    window: int | None = None  # a token sees itself and the window-1 tokens before it
+    softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
+
+    @property
+    def q_width(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def qkv_width(self) -> int:
+        return self.q_width + self.num_kv_heads * (self.head_dim + self.v_head_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class RopeTable:
+    """Rotation angles by position. `interleaved`: pairs (0,1),(2,3)… instead of (i, i + r/2)."""
+
+    cos: Tensor  # [max_context, r/2] float32
+    sin: Tensor  # [max_context, r/2] float32
+    interleaved: bool = False
+
+    @property
+    def rotary_dim(self) -> int:
+        """r: the leading dimensions of a head that are rotated."""
+        return 2 * int(self.cos.shape[1])
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """One layer's part of the KV pool."""
+
+    k: Tensor  # [num_blocks, num_kv_heads, block_size, head_dim]
+    v: Tensor  # [num_blocks, num_kv_heads, block_size, v_head_dim]
+
+    @property
+    def block_size(self) -> int:
+        return int(self.k.shape[2])
+
+
+class PreparedLinear(Protocol):
+    """A weight matrix in the layout of the backend that made it."""
+
+    out_features: int
+    in_features: int
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
+class Ops(Protocol):
+    """A backend. Activations are [t, ·] row-major in the backend's dtype. No op changes its inputs
+    except where it says so; `out of place` results may be reused buffers, valid until the next step."""
+
+    name: str
+    device: torch.device
+    dtype: torch.dtype  # of activations
+
+    def prepare_linear(self, weights: list[Weight], bias: Tensor | None) -> PreparedLinear:
+        """Lay out matrices (stacked by output rows, possibly of different formats) for `linear`.
+        May keep, convert or release the given tensors. bias: [n] or None."""
+
+    def linear(self, x_tk: Tensor, weight: PreparedLinear) -> Tensor:
+        """x @ weight.T + bias → [t, n]."""
+
+    def prepare_embedding(self, weight: Weight) -> PreparedLinear:
+        """Lay out a [vocabulary, h] table for `embedding` (and, tied, for `logits`)."""
+
+    def embedding(self, token_ids_t: Tensor, table: PreparedLinear, scale: float = 1.0) -> Tensor:
+        """Rows of the table, times `scale` → [t, h]."""
+
+    def rms_norm(self, x_th: Tensor, weight_h: Tensor, eps: float) -> Tensor:
+        """x / sqrt(mean(x²) + eps) * weight, computed in float32 → [t, h]."""
+
+    def add_rms_norm(self, x_th: Tensor, residual_th: Tensor, weight_h: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """residual += x (in place); → (rms_norm(residual), residual)."""
+
+    def add(self, x_th: Tensor, residual_th: Tensor) -> Tensor:
+        """residual += x (in place); → residual."""
+
+    def rotary_store(
+        self,
+        qkv_tw: Tensor,
+        batch: Batch,
+        cache: LayerCache,
+        spec: AttentionSpec,
+        rope: RopeTable | None,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        """The step between the qkv projection and attention, in place on qkv [t, w] laid out as all
+        q heads, all k heads, all v heads: per-head RMSNorm of q and k (weights [head_dim], if
+        given), then rotation by position, then k and v into `cache` at `batch.slots`. → qkv."""
+
+    def attention(self, qkv_tw: Tensor, batch: Batch, cache: LayerCache, spec: AttentionSpec) -> Tensor:
+        """Causal attention of the q part of qkv over each sequence's cached context (which includes
+        this step's tokens) → [t, num_heads * v_head_dim]."""
+
+    def activate_multiply(self, gate_up_t2f: Tensor, activation: Activation) -> Tensor:
+        """activation(first half) * second half → [t, f]."""
+
+    def logits(self, x_th: Tensor, batch: Batch, weight: PreparedLinear, softcap: float | None = None) -> Tensor:
+        """The rows `batch.logit_rows` of x through the head → float32 [r, vocabulary]."""

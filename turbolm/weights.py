@@ -1,0 +1,81 @@
+"""`Weight`: a matrix in some format on disk and in memory; the contracts of sources and formats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor's header entry."""
+
+    name: str
+    shape: tuple[int, ...]  # in elements, row-major: (n, k) for a matrix
+    dtype: str  # as the file calls it: "F32", "BF16", "Q4_1", "I32" …
+    num_bytes: int
+
+
+class WeightSource(Protocol):
+    """Named tensors on disk. Names are those of Hugging Face checkpoints; sources with other names
+    (GGUF) translate."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    def read(self, name: str) -> Tensor:
+        """The tensor: a view of the mapped file wherever possible. Plain dtypes in their shape;
+        block formats as uint8 [n, bytes per row]."""
+
+    def release(self, name: str) -> None:
+        """The tensor was copied elsewhere: its pages may leave memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A matrix in one format."""
+
+    format: WeightFormat
+    shape: tuple[int, int]  # (n, k)
+    tensors: Mapping[str, Tensor]  # the format's own names
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """[n, k] in `dtype`."""
+        return self.format.dequantize(self, dtype)
+
+
+class WeightFormat(Protocol):
+    @property
+    def name(self) -> str:
+        """As in messages and tables: "bf16", "q4_1"."""
+
+    @property
+    def is_dense(self) -> bool:
+        """One number per element, no blocks."""
+
+    def detect(self, source: WeightSource, prefix: str) -> bool:
+        """Does `source` hold the matrix `prefix` (a module name, without ".weight") in this format?"""
+
+    def load(self, source: WeightSource, prefix: str) -> Weight:
+        """Raises CheckpointError, naming the tensor, where parts are missing or don't fit."""
+
+    def select_rows(self, weight: Weight, rows: Tensor) -> Weight:
+        """Output rows in a new order, or some of them (int64 indices)."""
+
+    def shard(self, weight: Weight, dim: int, rank: int, size: int) -> Weight:
+        """The rank-th of `size` equal parts along output rows (0) or input columns (1)."""
+
+    def concat(self, weights: Sequence[Weight]) -> Weight:
+        """Matrices of this format with the same k, stacked by output rows."""
+
+    def dequantize(self, weight: Weight, dtype: torch.dtype) -> Tensor:
+        """[n, k] in `dtype`."""

@@ -39,7 +39,16 @@ SUFFIXES = {suffix for sets in INSTRUCTION_SETS.values() for suffix in sets}
 
 # Contraction of a*b+c would let two compilations of one formula round differently: the kernels ask
 # for fused multiply-adds where they want them, and promise bitwise reproducible results.
-COMPILE_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wall"]
+COMPILE_FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wno-maybe-uninitialized",
+]
 LINK_FLAGS = ["-shared", "-pthread", "-static-libstdc++", "-static-libgcc"]
 
 
@@ -72,7 +81,7 @@ class BuildNative(build_ext):
             print(
                 f"\nturbolm: the native CPU kernels were not built: {error}\n"
                 "turbolm: installing without them; models will run on the slower PyTorch reference ops.\n"
-                "turbolm: for the kernels, install a C++20 compiler (GCC 11 or Clang 14, or later) and install again.\n",
+                "turbolm: for the kernels, install a C++20 compiler (GCC 11, Clang 14 or later) and install again.\n",
                 file=sys.stderr,
             )
             if os.environ.get("TURBOLM_REQUIRE_NATIVE") == "1":

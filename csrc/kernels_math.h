@@ -82,25 +82,29 @@ TURBOLM_INLINE Vec tanh(Vec x) {
 
 TURBOLM_INLINE Vec cap(Vec x, float limit) { return Vec::all(limit) * tanh(x / Vec::all(limit)); }
 
-// Abramowitz and Stegun 7.1.26: absolute error below 2e-7.
-TURBOLM_INLINE Vec erf(Vec x) {
-    const Vec a = Vec::magnitude(x);
-    const Vec t = Vec::all(1.0f) / Vec::fma(Vec::all(0.3275911f), a, Vec::all(1.0f));
-    Vec p = Vec::all(1.061405429f);
-    p = Vec::fma(p, t, Vec::all(-1.453152027f));
-    p = Vec::fma(p, t, Vec::all(1.421413741f));
-    p = Vec::fma(p, t, Vec::all(-0.284496736f));
-    p = Vec::fma(p, t, Vec::all(0.254829592f));
-    const Vec positive = Vec::all(1.0f) - p * t * exp(Vec::zero() - a * a);
-    return Vec::if_less(x, Vec::zero(), Vec::zero() - positive, positive);
+// Complementary error function of x >= 0, to 2e-7 of itself (Chebyshev fit of Numerical Recipes, 6.2).
+TURBOLM_INLINE Vec erfc(Vec x) {
+    const Vec t = Vec::all(1.0f) / Vec::fma(Vec::all(0.5f), x, Vec::all(1.0f));
+    Vec p = Vec::all(0.17087277f);
+    p = Vec::fma(p, t, Vec::all(-0.82215223f));
+    p = Vec::fma(p, t, Vec::all(1.48851587f));
+    p = Vec::fma(p, t, Vec::all(-1.13520398f));
+    p = Vec::fma(p, t, Vec::all(0.27886807f));
+    p = Vec::fma(p, t, Vec::all(-0.18628806f));
+    p = Vec::fma(p, t, Vec::all(0.09678418f));
+    p = Vec::fma(p, t, Vec::all(0.37409196f));
+    p = Vec::fma(p, t, Vec::all(1.00002368f));
+    p = Vec::fma(p, t, Vec::all(-1.26551223f));
+    return t * exp(p - x * x);
 }
 
 struct Silu {
     static TURBOLM_INLINE Vec apply(Vec x) { return x * sigmoid(x); }
 };
-struct Gelu {
+struct Gelu {  // x Φ(x)
     static TURBOLM_INLINE Vec apply(Vec x) {
-        return Vec::all(0.5f) * x * (Vec::all(1.0f) + erf(x * Vec::all(0.70710678f)));
+        const Vec tail = Vec::all(0.5f) * erfc(Vec::magnitude(x) * Vec::all(0.70710678f));
+        return x * Vec::if_less(x, Vec::zero(), tail, Vec::all(1.0f) - tail);
     }
 };
 struct GeluTanh {  // 0.5 (1 + tanh(u)) = sigmoid(2 u)

@@ -11,7 +11,7 @@ constexpr int64_t max_private_values = 4096;
 constexpr int64_t chunk_bytes = 384 << 10;
 
 // The kernels for the instruction set in use.
-const MatmulKernels& kernels() {
+const MatmulKernels& matmul_kernels() {
     [[maybe_unused]] const Isa best = isa();
 #if defined(TURBOLM_BUILD_AVX512VNNI)
     if (best >= Isa::avx512vnni) return matmul_avx512vnni;
@@ -64,7 +64,7 @@ void lay_out(const MatmulArgs& args, const Tiles& tiles, int64_t first, int64_t 
         const int64_t begin = first > start ? first - start : 0;
         const int64_t end = last - start < count ? last - start : count;
         if (tiles.quantized != nullptr) {
-            kernels().quantize(args.x + start * args.ldx, args.ldx, k, static_cast<int>(count),
+            matmul_kernels().quantize(args.x + start * args.ldx, args.ldx, k, static_cast<int>(count),
                                static_cast<int>(begin), static_cast<int>(end),
                                tiles.quantized + start * quantized_row_bytes(k));
         }
@@ -94,7 +94,7 @@ void multiply_groups(const MatmulArgs& args, const Tiles& tiles, const LinearPar
         work.bias = part.bias == nullptr ? nullptr : part.bias + start;
         work.y = args.y + row * args.ldy + column + start;
         work.ldy = args.ldy;
-        kernels().multiply[static_cast<int>(part.format)](work);
+        matmul_kernels().multiply[static_cast<int>(part.format)](work);
     }
 }
 

@@ -74,7 +74,12 @@ struct Vector {
     }
     template <int zero>
     static Int dot(Int sum, Bytes w, const int8_t* x) {
+#ifdef __clang__
         return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(read_int(x)));
+#else  // GCC 12 spends an instruction on the broadcast that the operand can do
+        asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*reinterpret_cast<const int32_t*>(x)));
+        return sum;
+#endif
     }
 #else
     template <int zero>

@@ -18,6 +18,8 @@
 #include "matmul.h"
 #include "matmul_formats.h"
 
+#define TURBOLM_INLINE inline __attribute__((always_inline))  // sums must stay in registers
+
 namespace turbolm {
 namespace {
 
@@ -37,15 +39,17 @@ template <int R>
 struct Sums {
     Float of[R][parts];
 
-    void clear() {
-        for (auto& row : of) {
-            for (Float& sum : row) sum = Vector::zero();
+    TURBOLM_INLINE void clear() {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+            for (int part = 0; part < parts; ++part) of[r][part] = Vector::zero();
         }
     }
 };
 
 template <class Format, int R>
-inline void multiply_block(const Unpacked& w, int part, const uint8_t* block, const TileRows& rows, Sums<R>& sums) {
+TURBOLM_INLINE void multiply_block(const Unpacked& w, int part, const uint8_t* block, const TileRows& rows, Sums<R>& sums) {
     const int64_t stride = rows.stride;
     const int8_t* x = reinterpret_cast<const int8_t*>(block) + 32 * rows.first;
     const float* scale = reinterpret_cast<const float*>(block + 32 * stride) + rows.first;
@@ -85,7 +89,7 @@ struct Quantized {
     static int64_t row_bytes(int64_t k) { return quantized_row_bytes(k); }
 
     template <int R>
-    static void multiply(const uint8_t* w, int64_t k, const TileRows& rows, Sums<R>& sums) {
+    static TURBOLM_INLINE void multiply(const uint8_t* w, int64_t k, const TileRows& rows, Sums<R>& sums) {
         const uint8_t* x = rows.tile;
         const int64_t x_bytes = quantized_block_bytes * rows.stride;
         for (int64_t left = k; left > 0; left -= 32 * Format::sub_blocks) {
@@ -113,7 +117,7 @@ struct Dense {
     static int64_t row_bytes(int64_t k) { return dense_row_bytes(k); }
 
     template <int R>
-    static void multiply(const uint8_t* w, int64_t k, const TileRows& rows, Sums<R>& sums) {
+    static TURBOLM_INLINE void multiply(const uint8_t* w, int64_t k, const TileRows& rows, Sums<R>& sums) {
         const float* x = reinterpret_cast<const float*>(rows.tile) + rows.first;
         for (int64_t left = k; left > 0; left -= Format::step, w += Format::block_bytes) {
             Vector::prefetch(w + prefetch_distance);
@@ -136,15 +140,17 @@ struct Dense {
 
 // Adds the bias and stores `columns` (at most 16) of R rows.
 template <int R>
-inline void store(Sums<R>& sums, const float* bias, int64_t columns, float* y, int64_t ldy) {
+TURBOLM_INLINE void store(Sums<R>& sums, const float* bias, int64_t columns, float* y, int64_t ldy) {
     float padded[group_rows] = {};
     if (bias != nullptr && columns < group_rows) {
         for (int64_t i = 0; i < columns; ++i) padded[i] = bias[i];
         bias = padded;
     }
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r, y += ldy) {
         float last[group_rows];
         float* to = columns < group_rows ? last : y;
+#pragma GCC unroll 4
         for (int part = 0; part < parts; ++part) {
             Float sum = sums.of[r][part];
             if (bias != nullptr) sum = Vector::add(sum, Vector::load(bias + Vector::lanes * part));

@@ -1,4 +1,4 @@
-// Vec: 16 floats, left to the compiler.
+// Vec: 16 floats as a vector type of GCC and Clang, which they split into what the processor has.
 #pragma once
 
 #include <cmath>
@@ -45,100 +45,84 @@ inline uint16_t float_to_half(float value) {  // to nearest even
     return static_cast<uint16_t>(sign | ((bits - 0x38000000 + 0xfff + odd) >> 13));
 }
 
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+
+template <class To, class From>
+inline To reinterpret(const From& from) {
+    To to;
+    static_assert(sizeof to == sizeof from);
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
 struct Vec {
-    float lane[16];
+    Floats value;
 
     static constexpr int block_rows = 2, block_columns = 1;
 
-    template <class F>
-    static Vec each(const F& f) {
-        Vec r;
-        for (int i = 0; i < 16; ++i) r.lane[i] = f(i);
-        return r;
-    }
-    static Vec zero() { return all(0.0f); }
-    static Vec all(float x) {
-        return each([=](int) { return x; });
-    }
+    static Vec zero() { return {Floats{}}; }
+    static Vec all(float x) { return {Floats{} + x}; }
     static Vec load(const float* p) {
         Vec r;
-        std::memcpy(r.lane, p, sizeof r.lane);
+        std::memcpy(&r.value, p, sizeof r.value);
         return r;
     }
     static Vec load_f16(const uint16_t* p) {
-        return each([=](int i) { return half_to_float(p[i]); });
+        float lanes[16];
+        for (int i = 0; i < 16; ++i) lanes[i] = half_to_float(p[i]);
+        return load(lanes);
     }
     static Vec load_bf16(const uint16_t* p) {
-        return each([=](int i) {
-            const uint32_t bits = static_cast<uint32_t>(p[i]) << 16;
-            float value;
-            std::memcpy(&value, &bits, 4);
-            return value;
-        });
+        uint32_t lanes[16];
+        for (int i = 0; i < 16; ++i) lanes[i] = static_cast<uint32_t>(p[i]) << 16;
+        return {reinterpret<Floats>(lanes)};
     }
     static Vec load_first(const float* p, int n) {
-        return each([=](int i) { return i < n ? p[i] : 0.0f; });
+        float lanes[16] = {};
+        for (int i = 0; i < n && i < 16; ++i) lanes[i] = p[i];
+        return load(lanes);
     }
-    void store(float* p) const { std::memcpy(p, lane, sizeof lane); }
+    void store(float* p) const { std::memcpy(p, &value, sizeof value); }
     void store_first(float* p, int n) const {
-        for (int i = 0; i < n && i < 16; ++i) p[i] = lane[i];
+        for (int i = 0; i < n && i < 16; ++i) p[i] = value[i];
     }
     void store_f16(uint16_t* p) const {
-        for (int i = 0; i < 16; ++i) p[i] = float_to_half(lane[i]);
+        for (int i = 0; i < 16; ++i) p[i] = float_to_half(value[i]);
     }
-    void store_bf16(uint16_t* p) const {
-        for (int i = 0; i < 16; ++i) {
-            uint32_t bits;
-            std::memcpy(&bits, &lane[i], 4);
-            p[i] = lane[i] != lane[i] ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-        }
+    void store_bf16(uint16_t* p) const {  // to nearest even; NaN stays NaN
+        const Bits bits = reinterpret<Bits>(value);
+        const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        for (int i = 0; i < 16; ++i) p[i] = value[i] != value[i] ? 0x7fc0 : static_cast<uint16_t>(rounded[i]);
     }
-    static Vec fma(const Vec& a, const Vec& b, const Vec& c) {
-        return each([&](int i) {
+    static Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__FP_FAST_FMAF)
-            return __builtin_fmaf(a.lane[i], b.lane[i], c.lane[i]);
+        Vec r;
+        for (int i = 0; i < 16; ++i) r.value[i] = __builtin_fmaf(a.value[i], b.value[i], c.value[i]);
+        return r;
 #else
-            return a.lane[i] * b.lane[i] + c.lane[i];
+        return {a.value * b.value + c.value};
 #endif
-        });
     }
-    static Vec max(const Vec& a, const Vec& b) {
-        return each([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+    static Vec max(Vec a, Vec b) { return {a.value > b.value ? a.value : b.value}; }
+    static Vec round(Vec a) { return {(a.value + 0x1.8p23f) - 0x1.8p23f}; }  // |a| < 2^22
+    static Vec scale(Vec x, Vec n) {
+        const Ints exponent = __builtin_convertvector(n.value, Ints) + 127;
+        return {x.value * reinterpret<Floats>(exponent << 23)};
     }
-    static Vec round(const Vec& a) {  // |a| < 2^22
-        return each([&](int i) { return (a.lane[i] + 0x1.8p23f) - 0x1.8p23f; });
-    }
-    static Vec scale(const Vec& x, const Vec& n) {
-        return each([&](int i) {
-            const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n.lane[i]) + 127) << 23;
-            float power;
-            std::memcpy(&power, &bits, 4);
-            return x.lane[i] * power;
-        });
-    }
-    static Vec magnitude(const Vec& a) {
-        return each([&](int i) { return __builtin_fabsf(a.lane[i]); });
-    }
-    static Vec if_less(const Vec& a, const Vec& b, const Vec& yes, const Vec& no) {
-        return each([&](int i) { return a.lane[i] < b.lane[i] ? yes.lane[i] : no.lane[i]; });
-    }
-    static Vec between(const Vec& a, int low, int high, const Vec& other) {
-        return each([&](int i) { return low <= i && i < high ? a.lane[i] : other.lane[i]; });
+    static Vec magnitude(Vec a) { return {reinterpret<Floats>(reinterpret<Bits>(a.value) & 0x7fffffff)}; }
+    static Vec if_less(Vec a, Vec b, Vec yes, Vec no) { return {a.value < b.value ? yes.value : no.value}; }
+    static Vec between(Vec a, int low, int high, Vec other) {
+        const Ints index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        return {(index >= low) & (index < high) ? a.value : other.value};
     }
 };
 
-inline Vec operator+(const Vec& a, const Vec& b) {
-    return Vec::each([&](int i) { return a.lane[i] + b.lane[i]; });
-}
-inline Vec operator-(const Vec& a, const Vec& b) {
-    return Vec::each([&](int i) { return a.lane[i] - b.lane[i]; });
-}
-inline Vec operator*(const Vec& a, const Vec& b) {
-    return Vec::each([&](int i) { return a.lane[i] * b.lane[i]; });
-}
-inline Vec operator/(const Vec& a, const Vec& b) {
-    return Vec::each([&](int i) { return a.lane[i] / b.lane[i]; });
-}
+inline Vec operator+(Vec a, Vec b) { return {a.value + b.value}; }
+inline Vec operator-(Vec a, Vec b) { return {a.value - b.value}; }
+inline Vec operator*(Vec a, Vec b) { return {a.value * b.value}; }
+inline Vec operator/(Vec a, Vec b) { return {a.value / b.value}; }
 
 }  // namespace
 }  // namespace turbolm

@@ -1,7 +1,7 @@
 """turbolm compresses, deploys and serves large language models.
 
-    from turbolm import LLM
-    print(LLM().chat([{"role": "user", "content": "Why is the sky blue?"}])[0].text)
+from turbolm import LLM
+print(LLM().chat([{"role": "user", "content": "Why is the sky blue?"}])[0].text)
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from turbolm.config import DEFAULT_MODEL, EngineConfig, ResolvedConfig
 from turbolm.engine.engine import Engine
-from turbolm.engine.scheduler import SchedulerStats
-from turbolm.errors import ContextOverflowError, RequestError
+from turbolm.engine.step import SchedulerStats
+from turbolm.errors import ContextOverflowError, EngineError, RequestError
 from turbolm.loading import LoadedModel, load_model
 from turbolm.stream import AnswerStream
 from turbolm.text import ChatTemplate, PartParser, Tokenizer, choose_reasoning_format, encode_chat, parser_for
@@ -327,6 +327,7 @@ class LLM:
         self, prompts: Sequence[str | Sequence[int] | Sequence[Message]], params: SamplingParams | None = None
     ) -> Iterator[tuple[int, Output]]:
         """(prompt number, delta) of all answers, as they come. Leaving the loop cancels what is left."""
+        self._check_open()
         streams = [self._llm._submit(self._llm._prompt(prompt), params) for prompt in prompts]
         deltas: queue.Queue[tuple[int, Output] | BaseException | None] = queue.Queue()
 
@@ -354,6 +355,7 @@ class LLM:
         """The log-likelihood and perplexity of each text, as `AsyncLLM.score`."""
         given: list[Any] = [texts] if isinstance(texts, str) else list(texts)
 
+        self._check_open()
         with _count_bar("scoring", len(given), self._show) as advance:
 
             async def one(text: Any) -> Score:
@@ -383,7 +385,12 @@ class LLM:
     ) -> None:
         self.close()
 
+    def _check_open(self) -> None:
+        if self._loop.is_closed():
+            raise EngineError("this model was closed; load it again")
+
     def _complete(self, prompts: Sequence[_Prompt], params: SamplingParams | None) -> list[Completion]:
+        self._check_open()
         streams = [self._llm._submit(prompt, params) for prompt in prompts]
         with _count_bar("generating", len(prompts), self._show) as advance:
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
@@ -25,7 +26,7 @@ from turbolm.types import SamplingParams
 
 NULL_MODEL = "null"  # the deterministic model without weights
 
-# generation_config.json field → SamplingParams field
+# Fields of generation_config.json that are also SamplingParams.
 _RECOMMENDED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -58,14 +59,14 @@ def load_model(name: str, config: EngineConfig, progress: bool) -> LoadedModel:
         )
     resolved = resolve(config, model_needs(local.name, checkpoint, spec), hardware)
     with _loading_bar(local.name, progress) as advance:
-        parts = build(checkpoint, resolved, advance)
+        parts = build(checkpoint, resolved, tokenizer.vocab_size, advance)
     eos = (_token_ids(values.get("eos_token_id")) for values in (checkpoint.generation_config, checkpoint.config))
     return LoadedModel(
         name=local.name,
         config=resolved,
         tokenizer=tokenizer,
-        chat_template=tokenizer.chat_template,
-        vocab_size=spec.vocab_size,
+        chat_template=ChatTemplate.of(tokenizer) if tokenizer.chat_template else None,
+        vocab_size=tokenizer.vocab_size,
         eos_token_ids=tuple(dict.fromkeys([*tokenizer.eos_ids, *(token for ids in eos for token in ids)])),
         default_params=_default_params(checkpoint.generation_config),
         scheduler=parts.scheduler,
@@ -80,7 +81,7 @@ def _null(config: ResolvedConfig) -> LoadedModel:
         name=NULL_MODEL,
         config=config,
         tokenizer=tokenizer,
-        chat_template=tokenizer.chat_template,
+        chat_template=ChatTemplate.of(tokenizer) if tokenizer.chat_template else None,
         vocab_size=tokenizer.vocab_size,
         eos_token_ids=(),
         default_params=SamplingParams(),
@@ -100,15 +101,12 @@ def _token_ids(value: object) -> tuple[int, ...]:
     return tuple(token for token in values if type(token) is int)
 
 
-def _default_params(generation_config: Mapping[str, object]) -> SamplingParams:
+def _default_params(generation_config: Mapping[str, Any]) -> SamplingParams:
     """What the checkpoint recommends, as far as it says so."""
-    known = {field.name for field in fields(SamplingParams)}
-    given = {
-        name: value for name in _RECOMMENDED if name in known and (value := generation_config.get(name)) is not None
-    }
+    given = {name: generation_config[name] for name in _RECOMMENDED if generation_config.get(name) is not None}
     if generation_config.get("do_sample") is False:
         given["temperature"] = 0.0
-    return SamplingParams.of(**given)
+    return SamplingParams.of(None, **given)
 
 
 @contextlib.contextmanager

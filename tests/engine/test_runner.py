@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import pytest
 import torch
@@ -41,7 +40,7 @@ def run(model_and_reference: tuple) -> Run:
         caches = cache_spec(model.spec, torch.float32).allocate(num_blocks, BLOCK, torch.device("cpu"))
         sizes = {"max_batch_size": 16, "max_batch_tokens": 64, "max_context": 64, "max_waiting": 100} | limits
         scheduler = Scheduler(num_blocks=num_blocks, block_size=BLOCK, max_logit_rows=64, **sizes)
-        runner = Runner(lambda batch: model.forward(batch, caches), BLOCK, torch.device("cpu"))
+        runner = Runner(lambda batch: model.forward(batch, caches), BLOCK, torch.device("cpu"), 96)
         for request in requests:
             scheduler.add(request)
         deltas: dict[str, list[Output]] = {}

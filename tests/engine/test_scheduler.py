@@ -54,9 +54,8 @@ def alone(request, max_context):
         can_stop = len(answer) >= params.min_tokens
         answer.append(token)
         states.append(state_of(request, states, token))
-        if can_stop and token in request.eos_token_ids and not params.ignore_eos:
-            reason, stop = "stop", token
-        elif can_stop and token in params.stop_token_ids:
+        is_eos = token in request.eos_token_ids and not params.ignore_eos
+        if can_stop and (is_eos or token in params.stop_token_ids):
             reason, stop = "stop", token
         elif len(answer) == params.max_tokens or len(tokens) + len(answer) == max_context:
             reason = "length"
@@ -96,12 +95,14 @@ class Model:
         for other in self.sequences:
             assert other is sequence or not set(written) & set(other.blocks), "writes to a block of somebody else"
         for position in range(item.start, end):
-            past = [self.slots[self.slot(sequence, earlier)] for earlier in range(position)]
+            past = [self.slots.get(self.slot(sequence, earlier), 0) for earlier in range(position)]
             self.slots[self.slot(sequence, position)] = state_of(sequence.request, past, sequence.token_ids[position])
         self.num_computed += item.num_new_tokens
 
     def read(self, item):
         sequence, request = item.sequence, item.sequence.request
+        if sequence.finish_reason:  # nobody wants this any more, and an earlier step of its may have broken
+            return StepResult((0,) if item.samples else ())
         end = item.start + item.num_new_tokens
         states = [self.slots[self.slot(sequence, position)] for position in range(end)]
         expected = []
@@ -198,13 +199,16 @@ def test_decodes_go_first_and_prompts_share_what_is_left():
     step, _ = model.step()
     assert parts(step) == [("long", 6, 1, True), ("second", 4, 3, True), ("third", 0, 6, False)]
     assert step.num_tokens == 10
+
+
+def test_an_urgent_prompt_goes_before_a_long_one_at_work():
+    model = Model(scheduler_of(max_batch_tokens=10))
+    model.add(request_of("long", range(40)))
+    model.step()
+    model.add(request_of("later", [7, 8]))
     model.add(request_of("urgent", [5, 6], priority=-1))
-    assert parts(model.step()[0]) == [
-        ("long", 7, 1, True),
-        ("second", 7, 1, True),
-        ("third", 6, 8, False),
-    ]  # a prompt at work keeps its turn; admission comes after it
-    assert [name for name, *_ in parts(model.step()[0])][:2] == ["long", "second"]
+    assert parts(model.step()[0]) == [("urgent", 0, 2, True), ("long", 10, 8, False)]
+    assert parts(model.step()[0]) == [("urgent", 2, 1, True), ("long", 18, 9, False)]
 
 
 def test_waiting_requests_go_by_priority_then_arrival():
@@ -213,6 +217,19 @@ def test_waiting_requests_go_by_priority_then_arrival():
         model.add(request_of(name, max_tokens=1, priority=priority))
     order = [model.step()[0].items[0].sequence.request.id for _ in range(4)]
     assert order == ["high", "first", "second", "low"]
+
+
+def test_logit_rows_limit_prompts_whose_logprobs_are_wanted():
+    model = Model(scheduler_of(max_batch_size=3, max_logit_rows=5))
+    model.add(request_of("decodes", [9]))
+    model.step()
+    model.add(request_of("plain", range(20, 30)))
+    model.add(request_of("rows", range(10), params={"prompt_logprobs": 0}))
+    assert parts(model.step()[0]) == [("decodes", 1, 1, True), ("plain", 0, 10, True), ("rows", 0, 3, False)]
+    model.add(request_of("later", [5]))
+    assert parts(model.step()[0])[2:] == [("rows", 3, 3, False)]
+    assert parts(model.step()[0])[2:] == [("rows", 6, 3, False)]
+    assert parts(model.step()[0])[0] == ("plain", 12, 1, True)
 
 
 def test_next_batch_before_update_goes_on_with_what_is_known():
@@ -620,6 +637,8 @@ def test_limits_are_positive(name):
 def test_a_step_has_room_for_every_decode():
     with pytest.raises(ConfigError, match="max_batch_tokens is 4, but 8 sequences"):
         scheduler_of(max_batch_tokens=4)
+    with pytest.raises(ConfigError, match="max_logit_rows is 4, but 8 sequences"):
+        scheduler_of(max_logit_rows=4)
 
 
 # Anything, in any order
@@ -641,13 +660,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         block_size=st.integers(1, 4),
         max_batch_size=st.integers(1, 5),
         more_tokens=st.integers(0, 8),
+        more_rows=st.none() | st.integers(0, 3),
         max_context=st.integers(6, 24),
         prefix_cache=st.booleans() | st.just(True),
         answer_chunk=st.sampled_from([1, 1, 3]),
         depth=st.integers(1, 3),
     )
-    def start(self, more_tokens, answer_chunk, depth, **options):
-        self.scheduler = Scheduler(max_batch_tokens=options["max_batch_size"] + more_tokens, max_waiting=12, **options)
+    def start(self, more_tokens, more_rows, answer_chunk, depth, **options):
+        self.scheduler = Scheduler(
+            max_batch_tokens=options["max_batch_size"] + more_tokens,
+            max_waiting=12,
+            max_logit_rows=None if more_rows is None else options["max_batch_size"] + more_rows,
+            **options,
+        )
         self.options = options
         self.model = Model(self.scheduler, answer_chunk)
         self.depth = depth  # steps that may be in flight
@@ -722,6 +747,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             expected = [None, *request.prompt_token_ids[1:]]
             assert entries == (expected[: len(entries)] if ended_early else expected)
 
+    @staticmethod
+    def num_logit_rows(item):
+        num_prompt_rows = 0
+        if item.sequence.request.params.prompt_logprobs is not None:
+            num_prompt_rows = max(0, min(item.num_new_tokens, item.sequence.num_prompt - 1 - item.start))
+        return max(num_prompt_rows, item.samples)
+
     @precondition(lambda self: len(self.steps) < self.depth)
     @rule()
     def dispatch(self):
@@ -731,6 +763,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         sequences = [item.sequence for item in step.items]
         assert len(set(map(id, sequences))) == len(sequences) <= self.options["max_batch_size"]
+        assert sum(map(self.num_logit_rows, step.items)) <= self.scheduler.max_logit_rows
         assert step.num_tokens == sum(item.num_new_tokens for item in step.items) <= self.scheduler.max_batch_tokens
         for item in step.items:
             assert item.num_new_tokens > 0

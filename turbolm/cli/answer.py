@@ -50,7 +50,8 @@ class Answer:
         if output.parts or output.token_ids:
             self._first = self._first or now
             self._last = now
-        self.num_tokens += len(output.token_ids)
+        # Servers send texts without their tokens: until the usage comes, a delta counts as one.
+        self.num_tokens += len(output.token_ids) or bool(output.parts)
         self.parts[-1:] = join_parts([*self.parts[-1:], *output.parts])
         if output.is_final:
             self.finish_reason, self.usage, self.error = output.finish_reason, output.usage, output.error

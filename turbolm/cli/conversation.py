@@ -26,6 +26,7 @@ class Conversation:
         self.params = SamplingParams.of(base, **self.given)
         self.system = system
         self.turns: list[dict[str, str]] = []
+        self.reasoning = ""  # of the last answer; not part of the messages
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -59,8 +60,12 @@ class Conversation:
                     f"unknown parameter '{name}'.{nearest(name, PARAMETERS)} Known: {', '.join(PARAMETERS)}", name
                 )
             changed[name] = _value(value.strip())
-        self.params = SamplingParams.of(self.base, **changed)
-        self.given = changed
+        self._give(changed)
+
+    def _give(self, given: Mapping[str, object]) -> None:
+        self.params = SamplingParams.of(self.base, **given)
+        self.given.clear()  # in place: others look at it
+        self.given.update(given)
 
     def save(self, path: Path) -> None:
         """Writes messages and parameters. UserError if the file can't be written."""
@@ -86,8 +91,7 @@ class Conversation:
                 f"{path} isn't a saved conversation: it needs 'messages', a list of objects with the texts 'role' "
                 "(system, user or assistant) and 'content'"
             )
-        self.params = SamplingParams.of(self.base, **params)
-        self.given = params
+        self._give(params)
         system = [message["content"] for message in messages if message["role"] == "system"]
         self.system = "\n".join(system) or None
         self.turns = [dict(message) for message in messages if message["role"] != "system"]

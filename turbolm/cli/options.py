@@ -33,21 +33,21 @@ def field_help(cls: type) -> dict[str, str]:
     return texts
 
 
-def takes_options(title: str, cls: type, omit: tuple[str, ...] = ()) -> Callable[[Command], Command]:
-    """Adds a flag per field of the dataclass `cls`, less `omit`, to a command that takes `**options`. A flag
-    that isn't given isn't in `options`."""
+def takes_options(
+    title: str, cls: type, omit: tuple[str, ...] = (), *, show_defaults: bool = True
+) -> Callable[[Command], Command]:
+    """Adds a flag per field of the dataclass `cls`, less `omit`, to a command that takes `**options`, under
+    `title` in its help. A flag that isn't given isn't in `options`."""
 
     def decorate(command: Command) -> Command:
-        signature = inspect.signature(command)
-        named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        rest = [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
-        if not hasattr(command, "__wrapped_parameters__"):
-            # The command's own annotations are strings; flags carry real types.
-            hints = get_type_hints(command, include_extras=True)
-            named = [p.replace(annotation=hints.get(p.name, p.annotation)) for p in named]
-            command.__wrapped_parameters__ = True  # type: ignore[attr-defined]
-        flags = _flags(title, cls, omit)
-        command.__signature__ = signature.replace(parameters=[*named, *flags, *rest])  # type: ignore[attr-defined]
+        hints = get_type_hints(command, include_extras=True)  # annotations are strings; flags carry real types
+        named = [
+            parameter.replace(annotation=hints.get(parameter.name, parameter.annotation))
+            for parameter in inspect.signature(command).parameters.values()
+            if parameter.kind is not parameter.VAR_KEYWORD  # only known flags are taken
+        ]
+        flags = _flags(title, cls, omit, show_defaults)
+        command.__signature__ = inspect.Signature([*named, *flags])  # type: ignore[attr-defined]
         return command
 
     return decorate
@@ -58,7 +58,7 @@ def given(options: Mapping[str, object], cls: type) -> dict[str, object]:
     return {field.name: options[field.name] for field in fields(cls) if options.get(field.name) is not None}
 
 
-def _flags(title: str, cls: type, omit: tuple[str, ...]) -> list[inspect.Parameter]:
+def _flags(title: str, cls: type, omit: tuple[str, ...], show_defaults: bool) -> list[inspect.Parameter]:
     group = Group(title, sort_key=len(title))
     hints, texts = get_type_hints(cls), field_help(cls)
     flags = []
@@ -66,9 +66,12 @@ def _flags(title: str, cls: type, omit: tuple[str, ...]) -> list[inspect.Paramet
         if field.name in omit:
             continue
         parameter = Parameter(
-            help=texts[field.name], group=group, show_default=_shown_default(field), negative_iterable=()
+            help=texts[field.name],
+            group=group,
+            show_default=show_defaults and _shown_default(field),
+            negative_iterable=(),
         )
-        annotation = Annotated[Optional[hints[field.name]], parameter]  # noqa: UP045 (the hint is a value)
+        annotation: Any = Annotated[Optional[hints[field.name]], parameter]  # noqa: UP045
         flags.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
     return flags
 

@@ -40,12 +40,13 @@ class RemoteLLM:
         self.url = base if base.endswith("/v1") else f"{base}/v1"
         self.explicit: Collection[str] = ()
         self.default_params = _DEFAULTS
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self.model_name, self.config = self._find(model)
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self.model_name, self.config = self._find(model, headers)
+        self._client = httpx.AsyncClient(timeout=httpx.Timeout(10, read=None), headers=headers)
 
-    def _find(self, wanted: str | None) -> tuple[str, RemoteLimits]:
+    def _find(self, wanted: str | None, headers: Mapping[str, str]) -> tuple[str, RemoteLimits]:
         try:
-            response = httpx.get(f"{self.url}/models", headers=self._headers, timeout=10)
+            response = httpx.get(f"{self.url}/models", headers=headers, timeout=10)
             if response.status_code >= 400:
                 raise ConfigError(f"{self.url}/models answered {response.status_code}: {_message(response.text)}")
             models = {str(entry["id"]): entry for entry in response.json()["data"]}
@@ -76,10 +77,7 @@ class RemoteLLM:
         finish: FinishReason | None = None
         usage: Usage | None = None
         try:
-            async with (
-                httpx.AsyncClient(timeout=httpx.Timeout(10, read=None), headers=self._headers) as client,
-                client.stream("POST", f"{self.url}/chat/completions", json=body) as response,
-            ):
+            async with self._client.stream("POST", f"{self.url}/chat/completions", json=body) as response:
                 if response.status_code >= 400:
                     text = _message((await response.aread()).decode(errors="replace"))
                     kind = RequestError if response.status_code < 500 else EngineError
@@ -90,7 +88,7 @@ class RemoteLLM:
                         finish = _finish(choice.get("finish_reason")) or finish
                         parts = tuple(_parts(choice.get("delta") or {}))
                         if parts:
-                            yield Output("", token_ids=(-1,), parts=parts)  # servers don't say how many tokens
+                            yield Output("", parts=parts)
         except httpx.HTTPError as error:
             raise EngineError(f"the connection to {self.url} broke ({error or type(error).__name__})") from None
         if finish is None:
@@ -98,7 +96,7 @@ class RemoteLLM:
         yield Output("", finish_reason=finish, usage=usage)
 
     async def close(self) -> None:
-        """Nothing is held between answers."""
+        await self._client.aclose()
 
     def _fields(self, params: SamplingParams) -> dict[str, object]:
         sent = {}

@@ -8,12 +8,13 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from typing import TextIO
+from typing import IO, TextIO
 
 from markdown_it import MarkdownIt
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-from rich.markdown import Heading, Markdown
+from rich.markdown import CodeBlock, Heading, Markdown
 from rich.padding import Padding
+from rich.syntax import Syntax
 from rich.text import Text
 
 from turbolm.cli.answer import Answer
@@ -36,45 +37,53 @@ class PlainView:
     def __init__(self, out: TextIO | None = None, aside: TextIO | None = None) -> None:
         self._out = out or sys.stdout
         self._aside = aside or sys.stderr
-        self._clean = self._out.isatty()
-        self._index = self._offset = 0
+        self._index = self._offset = 0  # the part, and the place in it, up to which all is written
         self._ends_line = True
 
     def update(self, answer: Answer) -> None:
-        """Writes what is new."""
+        """Writes what is new; tool calls when they are whole."""
         while self._index < len(answer.parts):
-            part = answer.parts[self._index]
-            if isinstance(part, ToolCallPart) and self._index == len(answer.parts) - 1 and not answer.finish_reason:
-                return  # shown when it is whole
-            text = part.text if not isinstance(part, ToolCallPart) else tool_call(part) + "\n"
-            out = self._aside if isinstance(part, ReasoningPart) else self._out
-            new = text[self._offset :]
-            if new:
-                out.write(printable(new) if self._clean else new)
-                out.flush()
-                self._ends_line = new.endswith("\n")
-            self._offset = len(text)
-            if self._index == len(answer.parts) - 1:
+            part, is_last = answer.parts[self._index], self._index == len(answer.parts) - 1
+            if not isinstance(part, ToolCallPart) or not is_last:
+                self._write(part)
+            if is_last:
                 return
-            if isinstance(part, ReasoningPart):
-                out.write("\n")
-            self._index, self._offset = self._index + 1, 0
+            self._next_part(part)
 
     def finish(self, answer: Answer, note: str | None = None) -> None:
-        """Ends the last line; `note` goes to stderr."""
+        """Writes the rest and ends the line; `note` goes to stderr."""
         self.update(answer)
-        if not self._ends_line:
-            self._out.write("\n")
-            self._out.flush()
+        for part in answer.parts[self._index :]:
+            self._write(part)
+            self._next_part(part)
         if note:
             self._aside.write(note + "\n")
+
+    def _write(self, part: Part) -> None:
+        text = tool_call(part) if isinstance(part, ToolCallPart) else part.text
+        new = text[self._offset :]
+        self._offset = len(text)
+        if new:
+            out = self._stream(part)
+            out.write(printable(new) if out.isatty() else new)
+            out.flush()
+            self._ends_line = new.endswith("\n")
+
+    def _next_part(self, part: Part) -> None:
+        if not self._ends_line:
+            self._stream(part).write("\n")
+            self._stream(part).flush()
+        self._index, self._offset, self._ends_line = self._index + 1, 0, True
+
+    def _stream(self, part: Part) -> TextIO:
+        return self._aside if isinstance(part, ReasoningPart) else self._out
 
 
 class LiveRegion:
     """Lines at the bottom of the screen that are redrawn in place: only those from the first changed one on,
     in one write, so nothing flickers. They must fit the screen."""
 
-    def __init__(self, out: TextIO) -> None:
+    def __init__(self, out: IO[str]) -> None:
         self._out = out
         self._lines: list[str] = []
         self._width = 0
@@ -105,8 +114,16 @@ class _LeftHeading(Heading):
         yield self.text
 
 
+class _Code(CodeBlock):
+    """Code without padding above and below."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        code = Syntax(str(self.text).rstrip(), self.lexer_name, theme=self.theme, word_wrap=True)
+        yield Padding(code, (0, 0, 0, 2))
+
+
 class _Markdown(Markdown):
-    elements = {**Markdown.elements, "heading_open": _LeftHeading}  # noqa: RUF012 (as in the base class)
+    elements = {**Markdown.elements, "heading_open": _LeftHeading, "fence": _Code, "code_block": _Code}  # noqa: RUF012 (as in the base class)
 
 
 def finished_length(markdown: str) -> int:
@@ -144,8 +161,8 @@ class MarkdownView:
             self._timer.cancel()
         above = "".join(self._commit(answer.parts, len(answer.parts)))
         if note:
-            above += self._render(Text(printable(note), style="dim italic"))
-        self._region.show((), self._console.width, above)
+            above += self._spaced(self._render(Text(printable(note), style="dim italic")))
+        self._region.show((), self._console.width, above + "\n")
         self._console.show_cursor(True)
 
     def _draw(self, answer: Answer) -> None:

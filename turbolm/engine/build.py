@@ -39,15 +39,18 @@ def model_needs(name: str, checkpoint: Checkpoint, spec: DecoderSpec) -> ModelNe
     )
 
 
-def build(checkpoint: Checkpoint, config: ResolvedConfig, progress: Progress | None = None) -> EngineParts:
-    """Load the weights and allocate the KV cache."""
+def build(
+    checkpoint: Checkpoint, config: ResolvedConfig, vocab_size: int, progress: Progress | None = None
+) -> EngineParts:
+    """Load the weights and allocate the KV cache. `vocab_size`: the tokenizer's."""
     spec = decoder_spec(checkpoint.config)
     ops = select_ops(config.device, config.kernels, config.dtype, unpack=config.unpack, threads=config.threads)
     model = load_decoder(spec, Loader(checkpoint.source, ops, progress), config.max_context)
     caches = cache_spec(spec, getattr(torch, config.kv_dtype)).allocate(
         config.num_blocks, config.block_size, ops.device
     )
-    return EngineParts(_scheduler(config), Runner(record(model, caches, config), config.block_size, ops.device))
+    runner = Runner(record(model, caches, config), config.block_size, ops.device, vocab_size)
+    return EngineParts(_scheduler(config), runner)
 
 
 def null_needs() -> ModelNeeds:
@@ -59,7 +62,7 @@ def build_null(config: ResolvedConfig) -> EngineParts:
     device = torch.device("cpu")
     model = NullModel()
     caches = model.cache_spec.allocate(config.num_blocks, config.block_size, device)
-    runner = Runner(lambda batch: model.forward(batch, caches), config.block_size, device)
+    runner = Runner(lambda batch: model.forward(batch, caches), config.block_size, device, NULL_VOCABULARY)
     return EngineParts(_scheduler(config), runner)
 
 

@@ -8,7 +8,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from turbolm.engine.scheduler import Scheduler, Step, StepResult
+from turbolm.engine.scheduler import Scheduler
+from turbolm.engine.step import Step, StepResult
 from turbolm.errors import EngineError, TurbolmError
 from turbolm.types import Output, Request
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from turbolm.engine.sampler import Sampler, token_logprob
-from turbolm.engine.scheduler import ScheduledSequence, Step, StepResult
+from turbolm.engine.step import ScheduledSequence, Step, StepResult
 from turbolm.types import Batch, TokenLogprob
 
 #: The model's step: a batch → float32 logits [r, v] of its `logit_rows`.
@@ -20,9 +20,11 @@ Forward = Callable[[Batch], Tensor]
 class Runner:
     """`forward` is the model's call or a replay of it (engine/graph.py): same batch, same results."""
 
-    def __init__(self, forward: Forward, block_size: int, device: torch.device) -> None:
+    def __init__(self, forward: Forward, block_size: int, device: torch.device, vocab_size: int) -> None:
+        """`vocab_size`: tokens that may be chosen; models pad their logits beyond the tokenizer's."""
         self._forward = forward
         self._block_size = block_size
+        self._vocab_size = vocab_size
         self._device = device
         self._sampler = Sampler()
 
@@ -38,6 +40,7 @@ class Runner:
         ]
         sampling = [i for i, item in enumerate(step.items) if item.samples]
         last_rows = [first_rows[i + 1] - 1 for i in sampling]
+        logits = logits[:, : self._vocab_size]
         if len(last_rows) != logits.shape[0]:
             logits = logits[torch.tensor(last_rows, dtype=torch.int64, device=logits.device)]
         tokens: list[int] = []

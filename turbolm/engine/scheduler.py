@@ -29,6 +29,7 @@ with the update: the device may still be writing to them.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Collection
@@ -36,48 +37,19 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from turbolm.cache.block_pool import BlockPool
-from turbolm.cache.prefix_cache import BlockKeys, match
+from turbolm.cache.prefix_cache import match
+from turbolm.engine.job import Draft, Job
 from turbolm.engine.step import ScheduledSequence, SchedulerStats, Step, StepResult
 from turbolm.errors import CapacityError, ConfigError, ContextOverflowError, EngineError, RequestError, TurbolmError
 from turbolm.types import FinishReason, Output, Request, Sequence, SequenceState, TokenLogprob, Usage
 
 
-class _Job:
-    """A sequence, with what the scheduler alone knows of it."""
-
-    __slots__ = (
-        "deferred", "has_answer", "keys", "max_blocks", "max_length", "min_length", "num_in_flight",
-        "num_prompt_logprobs", "num_scheduled", "place", "priority", "sequence", "stops",
-    )  # fmt: skip
-
-    def __init__(self, sequence: Sequence, number: int, max_context: int, block_size: int) -> None:
-        request = sequence.request
-        params = request.params
-        num_prompt = sequence.num_prompt
-        self.sequence = sequence
-        self.priority = request.priority
-        self.place = (request.priority, number)  # the order of all work; unique
-        self.keys = BlockKeys(sequence.token_ids, block_size, request.tenant, request.adapter)
-        self.num_scheduled = 0  # leading tokens that steps so far compute; sequence.num_computed follows at update
-        self.num_in_flight = 0  # steps with it that are not updated
-        self.num_prompt_logprobs = 0  # handed out, of those asked for
-        self.deferred = (-1, -1)  # the block (index) that it last waited for, and the step that computed it
-        # The answer ends when it is longer than min_length by one of these tokens, or reaches max_length.
-        self.stops = frozenset(params.stop_token_ids + (() if params.ignore_eos else request.eos_token_ids))
-        self.min_length = num_prompt + params.min_tokens
-        self.max_length = max_context if params.max_tokens is None else min(max_context, num_prompt + params.max_tokens)
-        self.has_answer = self.max_length > num_prompt
-        # The last token of the longest answer is never computed.
-        self.max_blocks = -(-max(num_prompt, self.max_length - 1) // block_size)
-
-
 class _InFlight(NamedTuple):
     step: Step
-    jobs: list[_Job]  # of step.items
+    jobs: list[Job]  # of step.items
     number: int
 
 
-_Part = tuple[ScheduledSequence, _Job]
 _place = attrgetter("place")
 
 
@@ -93,9 +65,12 @@ class Scheduler:
         max_context: int,
         max_waiting: int,
         prefix_cache: bool = True,
+        max_logit_rows: int | None = None,
     ) -> None:
-        """`max_batch_size` sequences run at once; a step has at most `max_batch_tokens` tokens; prompt
-        plus answer have at most `max_context`; at most `max_waiting` requests wait."""
+        """`max_batch_size` sequences run at once; a step has at most `max_batch_tokens` tokens, and wants
+        logits for at most `max_logit_rows` of them (None: no limit); prompt plus answer have at most
+        `max_context`; at most `max_waiting` requests wait."""
+        max_logit_rows = max_batch_tokens if max_logit_rows is None else max_logit_rows
         for name, value in (
             ("num_blocks", num_blocks),
             ("block_size", block_size),
@@ -105,21 +80,23 @@ class Scheduler:
         ):
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
-        if max_batch_tokens < max_batch_size:
-            raise ConfigError(
-                f"max_batch_tokens is {max_batch_tokens}, but {max_batch_size} sequences (max_batch_size) need a token "
-                "each per step: raise max_batch_tokens or lower max_batch_size"
-            )
+        for name, value in (("max_batch_tokens", max_batch_tokens), ("max_logit_rows", max_logit_rows)):
+            if value < max_batch_size:
+                raise ConfigError(
+                    f"{name} is {value}, but {max_batch_size} sequences (max_batch_size) need one each per step: raise "
+                    f"{name} or lower max_batch_size"
+                )
         self.block_size = block_size
         self.max_batch_size = max_batch_size
         self.max_batch_tokens = max_batch_tokens
+        self.max_logit_rows = max_logit_rows
         self.max_context = max_context
         self.max_waiting = max_waiting
         self.prefix_cache = prefix_cache
         self._pool = BlockPool(num_blocks)
-        self._jobs: dict[tuple[str, int], _Job] = {}  # all that are alive, by (request id, index)
-        self._waiting: list[_Job] = []  # in order, as is
-        self._running: list[_Job] = []
+        self._jobs: dict[tuple[str, int], Job] = {}  # all that are alive, by (request id, index)
+        self._waiting: list[Job] = []  # in order, as is
+        self._running: list[Job] = []
         self._in_flight: deque[_InFlight] = deque()
         self._pending: dict[bytes, int] = {}  # key of a block being computed → number of the step that does
         self._num_added = 0
@@ -142,7 +119,7 @@ class Scheduler:
                 f"{len(self._waiting)} requests are waiting, and max_waiting is {self.max_waiting}: try again later"
             )
         sequence = Sequence(request)
-        job = _Job(sequence, self._num_added, self.max_context, self.block_size)
+        job = Job(sequence, self._num_added, self.max_context, self.block_size)
         if sequence.num_prompt + (request.params.max_tokens != 0) > self.max_context:
             raise ContextOverflowError(
                 f"the prompt has {sequence.num_prompt} tokens and the context {self.max_context}, which leaves no room "
@@ -220,45 +197,47 @@ class Scheduler:
     def next_batch(self) -> Step | None:
         """What to compute next; None if there is nothing to do before another `update` or `add`."""
         self._make_way()
-        decodes: list[_Part] = []
-        prefills: list[_Part] = []
-        budget = self._continue_running(decodes, prefills)
-        self._admit(budget, decodes, prefills)
-        parts = decodes + prefills
-        if not parts:
+        draft = self._continue_running()
+        self._admit(draft)
+        finished = draft.finish()
+        if finished is None:
             return None
-        step = Step(tuple([item for item, _ in parts]), sum([item.num_new_tokens for item, _ in parts]))
-        self._in_flight.append(_InFlight(step, [job for _, job in parts], self._num_steps))
+        step, jobs = finished
+        self._in_flight.append(_InFlight(step, jobs, self._num_steps))
         self._num_steps += 1
         return step
 
-    def _continue_running(self, decodes: list[_Part], prefills: list[_Part]) -> int:
-        """Schedules running sequences; returns how many tokens are left for new ones."""
+    def _continue_running(self) -> Draft:
+        """Schedules running sequences, and waiting ones that have priority over running prompts."""
         num_decodes = 0
         for job in self._running:
             if len(job.sequence.token_ids) - job.num_scheduled == 1:
                 num_decodes += 1
-        budget = self.max_batch_tokens - num_decodes  # for prompts
-        for job in self._running:  # _grow removes none but later ones
+        draft = Draft(self.max_batch_tokens - num_decodes, self.max_logit_rows - num_decodes)
+        for job in tuple(self._running):
             sequence = job.sequence
+            if not sequence.blocks:
+                continue  # preempted a moment ago, for one before it
             num_left = len(sequence.token_ids) - job.num_scheduled
             if num_left == 1:
                 if job.num_scheduled < len(sequence.blocks) * self.block_size or self._grow(job, 1):
-                    decodes.append((self._schedule(job, 1), job))
-            elif num_left and budget:
-                num_new = min(num_left, budget)
-                if self._grow(job, num_new):
-                    prefills.append((self._schedule(job, num_new), job))
-                    budget -= num_new
-        return budget
+                    draft.decodes.append((self._schedule(job, 1), job))
+            elif num_left:
+                self._admit(draft, before=job.priority)
+                num_new = draft.room(job)
+                if num_new > 0 and self._grow(job, num_new):
+                    draft.add_prompt(self._schedule(job, num_new), job)
+        return draft
 
-    def _admit(self, budget: int, decodes: list[_Part], prefills: list[_Part]) -> None:
-        """Starts waiting sequences, as far as tokens, places and blocks allow."""
-        deferred: list[_Job] = []
+    def _admit(self, draft: Draft, before: float = math.inf) -> None:
+        """Starts waiting sequences of priorities below `before`, as far as tokens, places and blocks allow."""
+        deferred: list[Job] = []
         num_seen = 0
         reserve: int | None = None
         for job in self._waiting:
-            if not budget or len(self._running) + len(deferred) >= self.max_batch_size:
+            if job.priority >= before or len(self._running) + len(deferred) >= self.max_batch_size:
+                break
+            if draft.num_tokens < 1 or draft.num_logit_rows < 1:
                 break
             hits = self._match(job)
             if self._awaits_block(job, len(hits)):
@@ -271,12 +250,10 @@ class Scheduler:
                 break
             num_seen += 1
             self._start(job, hits)
-            num_left = len(job.sequence.token_ids) - job.num_scheduled
-            num_new = min(num_left, budget)
+            num_new = draft.room(job)
             self._grow(job, num_new)
-            (decodes if num_left == 1 else prefills).append((self._schedule(job, num_new), job))
-            budget -= num_new
-            reserve += self._num_wanted(job)
+            draft.add_prompt(self._schedule(job, num_new), job)
+            reserve += job.num_wanted
         if num_seen:
             self._waiting[:num_seen] = deferred
 
@@ -287,7 +264,7 @@ class Scheduler:
         first = self._waiting[0]
         victims = [job for job in reversed(self._running) if job.priority > first.priority and not job.num_in_flight]
         num_missing = self._num_missing(first, self._match(first), self._reserve())
-        gain = sum(self._pool.count_sole(job.sequence.blocks) + self._num_wanted(job) for job in victims)
+        gain = sum(self._pool.count_sole(job.sequence.blocks) + job.num_wanted for job in victims)
         if num_missing > gain:
             return
         for job in victims:
@@ -296,23 +273,13 @@ class Scheduler:
             self._preempt(job)
             num_missing = self._num_missing(first, self._match(first), self._reserve())
 
-    def _match(self, job: _Job) -> list[int]:
-        return match(self._pool, job.keys, self._num_shareable(job))
+    def _match(self, job: Job) -> list[int]:
+        return match(self._pool, job.keys, job.num_shareable) if self.prefix_cache else []
 
-    def _num_shareable(self, job: _Job) -> int:
-        """How many leading blocks may come from the prefix cache: at least one token is computed, so
-        that there is something to sample from; all are where the prompt's log-probabilities are due."""
-        sequence = job.sequence
-        if not self.prefix_cache:
-            return 0
-        if sequence.request.params.prompt_logprobs is not None and job.num_prompt_logprobs < sequence.num_prompt:
-            return 0
-        return (len(sequence.token_ids) - 1) // self.block_size
-
-    def _awaits_block(self, job: _Job, index: int) -> bool:
+    def _awaits_block(self, job: Job, index: int) -> bool:
         """Whether to leave `job` waiting because its block `index` is being computed in a step not updated
         yet. It waits for a block once: if that came to nothing, it computes the block itself."""
-        if not self._pending or index >= self._num_shareable(job):
+        if not self._pending or index >= job.num_shareable:
             return False
         step = self._pending.get(job.keys[index])
         if step is None or (index <= job.deferred[0] and step != job.deferred[1]):
@@ -320,20 +287,15 @@ class Scheduler:
         job.deferred = (index, step)
         return True
 
-    def _num_wanted(self, job: _Job) -> int:
-        """Blocks that a running sequence lacks for the tokens it has, and one to grow."""
-        num_blocks = -(-len(job.sequence.token_ids) // self.block_size) + 1
-        return min(num_blocks, job.max_blocks) - len(job.sequence.blocks)
-
     def _reserve(self) -> int:
-        return sum(map(self._num_wanted, self._running))
+        """Blocks not to be given to new sequences: what the running ones lack, and one for each to grow."""
+        return sum([job.num_wanted for job in self._running])
 
-    def _num_missing(self, job: _Job, hits: list[int], reserve: int) -> int:
+    def _num_missing(self, job: Job, hits: list[int], reserve: int) -> int:
         """How many blocks are missing to admit `job`, given its cached blocks; 0 or less: none."""
-        num_blocks = min(-(-len(job.sequence.token_ids) // self.block_size), job.max_blocks)
-        return num_blocks - len(hits) + reserve - (self._pool.num_available - self._pool.count_idle(hits))
+        return job.num_needed - len(hits) + reserve - (self._pool.num_available - self._pool.count_idle(hits))
 
-    def _start(self, job: _Job, hits: list[int]) -> None:
+    def _start(self, job: Job, hits: list[int]) -> None:
         sequence = job.sequence
         self._pool.acquire(hits)
         sequence.blocks = hits
@@ -345,7 +307,7 @@ class Scheduler:
             self._num_prompt_tokens += sequence.num_prompt
             self._num_prefix_hit_tokens += sequence.num_cached
 
-    def _grow(self, job: _Job, num_new: int) -> bool:
+    def _grow(self, job: Job, num_new: int) -> bool:
         """Takes the blocks for `num_new` more tokens, if need be from running sequences that come later;
         False if that isn't possible now."""
         blocks = job.sequence.blocks
@@ -358,7 +320,7 @@ class Scheduler:
         blocks.extend(self._pool.allocate(num_missing))
         return True
 
-    def _preempt_after(self, job: _Job) -> bool:
+    def _preempt_after(self, job: Job) -> bool:
         """Preempts the last running sequence, unless that is `job` or before it."""
         for other in reversed(self._running):
             if other is job:
@@ -368,7 +330,7 @@ class Scheduler:
                 return True
         return False
 
-    def _preempt(self, job: _Job) -> None:
+    def _preempt(self, job: Job) -> None:
         sequence = job.sequence
         self._free_blocks(sequence)
         sequence.num_computed = job.num_scheduled = 0
@@ -378,7 +340,7 @@ class Scheduler:
         insort(self._waiting, job, key=_place)
         self._num_preemptions += 1
 
-    def _schedule(self, job: _Job, num_new: int) -> ScheduledSequence:
+    def _schedule(self, job: Job, num_new: int) -> ScheduledSequence:
         sequence = job.sequence
         start = job.num_scheduled
         end = start + num_new
@@ -397,6 +359,9 @@ class Scheduler:
         hand out, in the step's order."""
         if len(results) != len(step.items):
             raise EngineError(f"a step of {len(step.items)} sequences yielded {len(results)} results")
+        for item, result in zip(step.items, results, strict=True):
+            if item.samples != bool(result.token_ids):
+                raise EngineError(f"{item.sequence}: {len(result.token_ids)} tokens for samples={item.samples}")
         size = self.block_size
         outputs = []
         for job, item, result in zip(self._close_step(step), step.items, results, strict=True):
@@ -415,7 +380,7 @@ class Scheduler:
                 outputs.append(output)
         return outputs
 
-    def _close_step(self, step: Step) -> list[_Job]:
+    def _close_step(self, step: Step) -> list[Job]:
         """Takes the oldest step off those in flight; returns its items' jobs."""
         if not self._in_flight or self._in_flight[0].step is not step:
             raise EngineError("steps must be updated once each, in the order in which next_batch made them")
@@ -428,11 +393,10 @@ class Scheduler:
                         del self._pending[job.keys[index]]
         return flight.jobs
 
-    def _extend(self, job: _Job, item: ScheduledSequence, result: StepResult) -> Output | None:
+    def _extend(self, job: Job, item: ScheduledSequence, result: StepResult) -> Output | None:
         """Appends the sampled tokens as far as the answer goes."""
         sequence = job.sequence
         token_ids = sequence.token_ids
-        assert item.samples == bool(result.token_ids), f"{sequence}: {len(result.token_ids)} tokens sampled"
         reason: FinishReason | None = None
         stop: int | None = None
         num_taken = 0
@@ -463,7 +427,7 @@ class Scheduler:
 
     def _end(
         self,
-        job: _Job,
+        job: Job,
         reason: FinishReason,
         stop: int | str | None = None,
         token_ids: tuple[int, ...] = (),
@@ -482,7 +446,7 @@ class Scheduler:
         usage = Usage(sequence.num_prompt, sequence.num_output, sequence.num_cached)
         return Output(request.id, request.index, token_ids, (), logprobs, prompt_logprobs, reason, stop, usage, error)
 
-    def _release_if_over(self, job: _Job) -> None:
+    def _release_if_over(self, job: Job) -> None:
         if job.sequence.finish_reason is not None and not job.num_in_flight:
             self._free_blocks(job.sequence)
 
@@ -491,7 +455,7 @@ class Scheduler:
         sequence.blocks = []
 
 
-def _remove(jobs: list[_Job], job: _Job) -> None:
+def _remove(jobs: list[Job], job: Job) -> None:
     index = bisect_left(jobs, job.place, key=_place)
     assert jobs[index] is job
     del jobs[index]

@@ -15,7 +15,7 @@ from turbolm.cache.spec import CacheSpec, LayerCacheSpec
 from turbolm.ops import LayerCache
 from turbolm.types import Batch
 
-NULL_VOCABULARY = 256  # bytes: the answer is printable ASCII
+NULL_VOCABULARY = 258  # bytes and two turn markers; answers are lower-case letters
 
 
 class NullModel:
@@ -24,7 +24,7 @@ class NullModel:
     cache_spec = CacheSpec((LayerCacheSpec(num_kv_heads=1, head_dim=1, v_head_dim=1),), torch.float32)
 
     def forward(self, batch: Batch, caches: Sequence[LayerCache]) -> Tensor:
-        """float32 logits [r, 256] of the rows `batch.logit_rows`."""
+        """float32 logits [r, 258] of the rows `batch.logit_rows`."""
         cache = caches[0]
         slots = batch.slots.long()
         block, offset = slots // cache.block_size, slots % cache.block_size

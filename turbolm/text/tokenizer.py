@@ -151,7 +151,7 @@ class Tokenizer:
         if token_id in self._added:
             return text.encode()
         if self._is_byte_level:
-            values = [_BYTE_OF.get(c) for c in text]
+            values = [BYTE_ALPHABET.get(c) for c in text]
             return bytes(v for v in values if v is not None) if None not in values else text.encode()
         if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
             return bytes([int(text[3:5], 16)])
@@ -228,7 +228,7 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(rest)}
 
 
-_BYTE_OF = _byte_alphabet()
+BYTE_ALPHABET = _byte_alphabet()
 
 
 def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:

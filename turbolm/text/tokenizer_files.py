@@ -16,6 +16,7 @@ from turbolm.text.sentencepiece import CONTROL, UNUSED, USER_DEFINED, Pieces, Pr
 from turbolm.text.tokenizer import Tokenizer
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_NEEDED = ("bos_token", "eos_token", "unk_token")
 _EXTRA = ("additional_special_tokens", "extra_special_tokens")
 
 
@@ -45,6 +46,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise ModelNotFoundError(
             f"{folder} has no tokenizer: it needs a tokenizer.json, or a tokenizer.model (SentencePiece)"
         )
+    # Padding and the like don't matter here: not worth a token that the model has no weights for.
+    roles = {r: t for r, t in roles.items() if r in _NEEDED or backend.token_to_id(t) is not None}
     _add_special(backend, [*roles.values(), *_extra_tokens(config)])
     return Tokenizer(backend, special_tokens=roles, chat_templates=_chat_templates(folder, config), frame=frame)
 

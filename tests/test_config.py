@@ -1,0 +1,84 @@
+"""What "auto" becomes, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from turbolm.config import EngineConfig, Gpu, Hardware, ModelNeeds, format_size, parse_size, resolve
+from turbolm.errors import CapacityError, ConfigError
+
+GIB = 1 << 30
+LAPTOP = Hardware("CPU", "x86_64", 4, ("avx2",), 16 * GIB, 8 * GIB, native="avx2")
+SERVER = replace(LAPTOP, gpus=(Gpu("H200", 141 * GIB, 140 * GIB, (9, 0)),))
+SMALL = ModelNeeds("small", 8192, 100 << 20, 135 << 20, 11520, 49152)
+LARGE = ModelNeeds("large", 32768, 4 * GIB, 7 * GIB, 65536, 152064)
+
+
+def test_auto_on_a_cpu_keeps_packed_weights_and_uses_native_kernels() -> None:
+    found = resolve(EngineConfig(), SMALL, LAPTOP)
+    assert (found.device, found.kernels, found.dtype, found.unpack) == ("cpu", "native", "float32", False)
+    assert found.threads == 4
+    assert found.max_context == 8192
+    assert found.pool_tokens >= 8192
+    text = " ".join(found.reasons)
+    assert all(word in text for word in ("no CUDA GPU", "avx2", "physical cores", "KV cache"))
+
+
+def test_without_native_kernels_weights_are_unpacked_and_it_is_said() -> None:
+    found = resolve(EngineConfig(), SMALL, replace(LAPTOP, native=None, native_error="no C++ compiler was found"))
+    assert (found.kernels, found.unpack) == ("reference", True)
+    assert any("no C++ compiler" in reason for reason in found.reasons)
+    with pytest.raises(ConfigError, match="no C\\+\\+ compiler"):
+        resolve(EngineConfig(kernels="native"), SMALL, replace(LAPTOP, native=None, native_error="no C++ compiler"))
+
+
+def test_auto_takes_a_gpu_where_there_is_one() -> None:
+    found = resolve(EngineConfig(), LARGE, SERVER)
+    assert (found.device, found.dtype) == ("cuda", "bfloat16")
+    with pytest.raises(ConfigError, match="no CUDA GPU"):
+        resolve(EngineConfig(device="cuda"), LARGE, LAPTOP)
+
+
+def test_the_context_shrinks_to_the_memory_only_where_nobody_asked_for_it() -> None:
+    needs = replace(LARGE, max_context=1 << 20)
+    found = resolve(EngineConfig(), needs, LAPTOP)
+    assert found.max_context < 1 << 20
+    assert found.max_context <= found.pool_tokens
+    assert any("max_context" in reason for reason in found.reasons)
+    with pytest.raises(CapacityError, match=r"1048576 tokens.*lower max_context"):
+        resolve(EngineConfig(max_context=1 << 20), needs, LAPTOP)
+
+
+def test_too_little_memory_is_refused_with_the_numbers() -> None:
+    with pytest.raises(CapacityError, match=r"'large' needs 30\.1 GB .* 8\.59 GB are free"):
+        resolve(EngineConfig(dtype="float32"), LARGE, LAPTOP)
+    with pytest.raises(CapacityError, match=r"kv_memory is 103\.1 GB.*3\.94 GB are free"):
+        resolve(EngineConfig(kv_memory="96G"), LARGE, LAPTOP)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"device": "gpu"}, "device is 'gpu'; allowed: auto, cpu, cuda"),
+        ({"dtype": "float23"}, "Did you mean 'float32'"),
+        ({"threads": -1}, "threads must be a whole number"),
+        ({"max_batch_size": 2.5}, "max_batch_size must be a whole number"),
+        ({"block_size": 17}, "allowed: 8, 16, 32, 64, 128"),
+        ({"kv_memory": "lots"}, "give a size such as 500M"),
+        ({"blocksize": 16}, "Did you mean 'block_size'"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options: dict, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig.of(None, **options)
+    assert words in str(caught.value)
+
+
+def test_sizes() -> None:
+    assert parse_size("500M", "x") == 500 << 20
+    assert parse_size("1.5 GiB", "x") == int(1.5 * GIB)
+    assert parse_size("4096", "x") == 4096
+    assert format_size(98_362_432) == "98.4 MB"
+    assert format_size(512) == "512 B"

@@ -1,0 +1,95 @@
+"""A sequence at work, with what the scheduler alone knows of it, and the step being put together."""
+
+from __future__ import annotations
+
+from turbolm.cache.prefix_cache import BlockKeys
+from turbolm.engine.step import ScheduledSequence, Step
+from turbolm.types import Sequence
+
+
+class Job:
+    """A live sequence."""
+
+    __slots__ = (
+        "block_size", "deferred", "has_answer", "keys", "max_blocks", "max_length", "min_length", "num_in_flight",
+        "num_prompt_logprobs", "num_scheduled", "place", "priority", "sequence", "stops",
+    )  # fmt: skip
+
+    def __init__(self, sequence: Sequence, number: int, max_context: int, block_size: int) -> None:
+        request = sequence.request
+        params = request.params
+        num_prompt = sequence.num_prompt
+        self.sequence = sequence
+        self.block_size = block_size
+        self.priority = request.priority
+        self.place = (request.priority, number)  # the order of all work; unique
+        self.keys = BlockKeys(sequence.token_ids, block_size, request.tenant, request.adapter)
+        self.num_scheduled = 0  # leading tokens that steps so far compute; sequence.num_computed follows at update
+        self.num_in_flight = 0  # steps with it that are not updated
+        self.num_prompt_logprobs = 0  # handed out, of those asked for
+        self.deferred = (-1, -1)  # the block (index) that it last waited for, and the step that computed it
+        # The answer ends when it is longer than min_length by one of these tokens, or reaches max_length.
+        self.stops = frozenset(params.stop_token_ids + (() if params.ignore_eos else request.eos_token_ids))
+        self.min_length = num_prompt + params.min_tokens
+        self.max_length = max_context if params.max_tokens is None else min(max_context, num_prompt + params.max_tokens)
+        self.has_answer = self.max_length > num_prompt
+        # The last token of the longest answer is never computed.
+        self.max_blocks = -(-max(num_prompt, self.max_length - 1) // block_size)
+
+    @property
+    def num_left(self) -> int:
+        """Known tokens that no step computes yet."""
+        return len(self.sequence.token_ids) - self.num_scheduled
+
+    @property
+    def num_needed(self) -> int:
+        """Blocks for all known tokens."""
+        return -(-len(self.sequence.token_ids) // self.block_size)
+
+    @property
+    def num_wanted(self) -> int:
+        """Blocks that it lacks for the tokens it has, and one to grow."""
+        return min(self.num_needed + 1, self.max_blocks) - len(self.sequence.blocks)
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether some of its prompt's log-probabilities are still due."""
+        sequence = self.sequence
+        return sequence.request.params.prompt_logprobs is not None and self.num_prompt_logprobs < sequence.num_prompt
+
+    @property
+    def num_shareable(self) -> int:
+        """How many leading blocks may come from the prefix cache: at least one token is computed, so
+        that there is something to sample from; all are where the prompt's log-probabilities are due."""
+        return 0 if self.wants_prompt_logprobs else (len(self.sequence.token_ids) - 1) // self.block_size
+
+
+class Draft:
+    """A step being put together, and what is left of its limits."""
+
+    def __init__(self, num_tokens: int, num_logit_rows: int) -> None:
+        """What prompts may use: the decodes' share is taken off beforehand."""
+        self.num_tokens = num_tokens
+        self.num_logit_rows = num_logit_rows
+        self.decodes: list[tuple[ScheduledSequence, Job]] = []
+        self.prefills: list[tuple[ScheduledSequence, Job]] = []
+
+    def room(self, job: Job) -> int:
+        """How many of the job's tokens fit. A prompt whose log-probabilities are asked for needs logits
+        for each of its tokens, any other for its last."""
+        num_new = min(job.num_left, self.num_tokens)
+        return min(num_new, self.num_logit_rows) if self.num_logit_rows < 1 or job.wants_prompt_logprobs else num_new
+
+    def add_prompt(self, item: ScheduledSequence, job: Job) -> None:
+        """Adds what fits the room."""
+        self.num_tokens -= item.num_new_tokens
+        self.num_logit_rows -= item.num_new_tokens if job.wants_prompt_logprobs else item.samples
+        (self.decodes if item.samples and item.num_new_tokens == 1 else self.prefills).append((item, job))
+
+    def finish(self) -> tuple[Step, list[Job]] | None:
+        """The step and its items' jobs; None if it is empty."""
+        parts = self.decodes + self.prefills
+        if not parts:
+            return None
+        step = Step(tuple([item for item, _ in parts]), sum([item.num_new_tokens for item, _ in parts]))
+        return step, [job for _, job in parts]

@@ -1,0 +1,144 @@
+"""What the native kernels are called with: the structs of csrc/ops.h, field by field.
+
+Addresses are plain integers; 0 is null. Each struct is an instruction (`head` first) or a part of one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from typing import ClassVar
+
+CACHE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # by torch's names
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+
+
+class Step(ctypes.Structure):
+    """Sizes and batch of one step."""
+
+    opcode: ClassVar[int] = 9  # stands behind the instructions in the table of sizes
+    _fields_: ClassVar = [
+        ("num_tokens", c_int64),
+        ("num_sequences", c_int64),
+        ("num_logits", c_int64),
+        ("table_stride", c_int64),
+        ("token_ids", c_void_p),
+        ("positions", c_void_p),
+        ("slots", c_void_p),
+        ("query_start", c_void_p),
+        ("context_lens", c_void_p),
+        ("block_tables", c_void_p),
+        ("logit_rows", c_void_p),
+        ("logits", c_void_p),
+    ]
+
+
+class Instruction(ctypes.Structure):
+    """Base of all. `writes` and `updates` name the fields that point to what the instruction
+    computes or changes; it reads all others."""
+
+    opcode: ClassVar[int]
+    writes: ClassVar[tuple[str, ...]] = ()
+    updates: ClassVar[tuple[str, ...]] = ()
+    _fields_: ClassVar = [("code", c_int32), ("barrier", c_int32)]
+
+
+class KvPool(ctypes.Structure):
+    _fields_: ClassVar = [("k", c_void_p), ("v", c_void_p), ("type", c_int32), ("block_size", c_int32)]
+
+
+class HeadShape(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("num_heads", c_int32),
+        ("num_kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("v_head_dim", c_int32),
+    ]
+
+
+class Embedding(Instruction):
+    opcode = 0
+    writes = ("y",)
+    _fields_: ClassVar = [("table", c_void_p), ("y", c_void_p), ("scale", c_float)]
+
+
+class Linear(Instruction):
+    opcode = 1
+    writes = ("y", "workspace")
+    _fields_: ClassVar = [("linear", c_void_p), ("x", c_void_p), ("y", c_void_p), ("workspace", c_void_p)]
+
+
+class RmsNorm(Instruction):
+    opcode = 2
+    writes = ("y",)
+    updates = ("residual",)
+    _fields_: ClassVar = [
+        ("x", c_void_p),
+        ("residual", c_void_p),
+        ("weight", c_void_p),
+        ("y", c_void_p),
+        ("width", c_int64),
+        ("eps", c_float),
+    ]
+
+
+class Add(Instruction):
+    opcode = 3
+    updates = ("residual",)
+    _fields_: ClassVar = [("x", c_void_p), ("residual", c_void_p), ("width", c_int64)]
+
+
+class RotaryStore(Instruction):
+    opcode = 4
+    updates = ("qkv",)
+    _fields_: ClassVar = [
+        ("qkv", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("pool", KvPool),
+        ("shape", HeadShape),
+        ("rotary_dim", c_int32),
+        ("is_interleaved", c_int32),
+        ("eps", c_float),
+    ]
+
+
+class Attention(Instruction):
+    opcode = 5
+    writes = ("y", "workspace")
+    _fields_: ClassVar = [
+        ("qkv", c_void_p),
+        ("y", c_void_p),
+        ("workspace", c_void_p),
+        ("max_context", c_int64),
+        ("pool", KvPool),
+        ("shape", HeadShape),
+        ("window", c_int32),
+        ("scale", c_float),
+        ("softcap", c_float),
+    ]
+
+
+class ActivateMultiply(Instruction):
+    opcode = 6
+    writes = ("y",)
+    _fields_: ClassVar = [("gate_up", c_void_p), ("y", c_void_p), ("width", c_int64), ("activation", c_int32)]
+
+
+class Gather(Instruction):
+    opcode = 7
+    writes = ("y",)
+    _fields_: ClassVar = [("x", c_void_p), ("y", c_void_p), ("width", c_int64)]
+
+
+class Softcap(Instruction):
+    opcode = 8
+    _fields_: ClassVar = [("width", c_int64), ("cap", c_float)]
+
+
+#: Every struct whose size the library knows.
+KINDS: tuple[type[Step] | type[Instruction], ...] = (
+    Embedding, Linear, RmsNorm, Add, RotaryStore, Attention, ActivateMultiply, Gather, Softcap, Step,
+)  # fmt: skip

@@ -39,16 +39,10 @@ SUFFIXES = {suffix for sets in INSTRUCTION_SETS.values() for suffix in sets}
 
 # Contraction of a*b+c would let two compilations of one formula round differently: the kernels ask
 # for fused multiply-adds where they want them, and promise bitwise reproducible results.
-COMPILE_FLAGS = [
-    "-O3",
-    "-std=c++20",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-Wall",
-    "-Wno-maybe-uninitialized",
-]
+ROUNDING_FLAGS = ["-ffp-contract=off", "-fno-math-errno"]
+# GCC takes some of its own intrinsics for uses of uninitialized values.
+WARNING_FLAGS = ["-Wall", "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-psabi"]
+COMPILE_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", *ROUNDING_FLAGS, *WARNING_FLAGS]
 LINK_FLAGS = ["-shared", "-pthread", "-static-libstdc++", "-static-libgcc"]
 
 
@@ -95,16 +89,15 @@ class BuildNative(build_ext):
         compiler = [*shlex.split(os.environ.get("CXX", "c++")), *shlex.split(os.environ.get("CXXFLAGS", ""))]
         sets = supported_sets(compiler)
         defines = [f"-DTURBOLM_BUILD_{suffix.upper()}" for suffix in sets]
-        newest_header = max(path.stat().st_mtime for path in [*(ROOT / "csrc").glob("*.h"), Path(__file__)])
 
         def compile_file(source: Path) -> Path | None:
             suffix = source.stem.rpartition("_")[2]
             if suffix in SUFFIXES and suffix not in sets:
                 return None
             output = folder / f"{source.stem}.o"
-            fresh = output.exists() and output.stat().st_mtime > max(source.stat().st_mtime, newest_header)
-            if self.force or not fresh:
-                call([*compiler, *COMPILE_FLAGS, *defines, *sets.get(suffix, []), "-c", str(source), "-o", str(output)])
+            if self.force or not is_fresh(output):
+                flags = [*COMPILE_FLAGS, *defines, *sets.get(suffix, []), "-MMD"]
+                call([*compiler, *flags, "-c", str(source), "-o", str(output)])
             return output
 
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -114,6 +107,16 @@ class BuildNative(build_ext):
             linked = Path(scratch) / target.name
             call([*compiler, *LINK_FLAGS, *objects, "-o", str(linked)])
             linked.replace(target)
+
+
+def is_fresh(output: Path) -> bool:
+    """Is the object file newer than all that it was made from, as the compiler listed it?"""
+    dependencies = output.with_suffix(".d")
+    if not output.exists() or not dependencies.exists():
+        return False
+    names = dependencies.read_text().replace("\\\n", " ").split()[1:]
+    made = output.stat().st_mtime
+    return all(Path(name).exists() and Path(name).stat().st_mtime < made for name in [*names, __file__])
 
 
 def supported_sets(compiler: list[str]) -> dict[str, list[str]]:

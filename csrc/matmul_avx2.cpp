@@ -18,6 +18,7 @@ struct Vector {
     static Float load(const float* from) { return _mm256_loadu_ps(from); }
     static void store(float* to, Float value) { _mm256_storeu_ps(to, value); }
     static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
+    static Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
     static Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
     static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
     static Float to_float(Int value) { return _mm256_cvtepi32_ps(value); }

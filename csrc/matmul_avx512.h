@@ -15,13 +15,14 @@ struct Vector {
     static constexpr int row_steps[] = {16, 12, 8, 6, 4, 3, 2, 1};
     using Float = __m512;
     using Int = __m512i;
-    using Bytes = __m512i;
+    using Bytes = __m512i;  // the same type as Int
 
     static Float zero() { return _mm512_setzero_ps(); }
     static Float set(float value) { return _mm512_set1_ps(value); }
     static Float load(const float* from) { return _mm512_loadu_ps(from); }
     static void store(float* to, Float value) { _mm512_storeu_ps(to, value); }
     static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
+    static Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
     static Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
     static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
     static Float to_float(Int value) { return _mm512_cvtepi32_ps(value); }

@@ -11,6 +11,7 @@ namespace turbolm {
 namespace {
 
 using Float = Vector::Float;
+using Int = Vector::Int;
 using Bytes = Vector::Bytes;
 
 struct Unpacked {

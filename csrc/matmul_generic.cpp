@@ -23,6 +23,7 @@ struct Vector {
     }
     static void store(float* to, Float value) { __builtin_memcpy(to, &value, sizeof(value)); }
     static Float add(Float a, Float b) { return a + b; }
+    static Int add(Int a, Int b) { return a + b; }
     static Float multiply(Float a, Float b) { return a * b; }
     static Float fma(Float a, Float b, Float c) {
 #ifdef __FP_FAST_FMAF

@@ -48,34 +48,54 @@ struct Sums {
     }
 };
 
+// The two halves of the dot products of `count` rows, from row `first` on. Two chains of 4 for each
+// of two rows keep enough independent instructions in flight.
+template <class Format, int count>
+struct Dots {
+    Int low[count], high[count];
+
+    TURBOLM_INLINE Dots(const Unpacked& w, const int8_t* x, const int32_t* zeros, int64_t stride) {
+#pragma GCC unroll 2
+        for (int r = 0; r < count; ++r) {
+            low[r] = Vector::start<Format::zero>(zeros + (Format::has_halves ? stride : 0) + r);
+            high[r] = Vector::start<Format::has_halves ? Format::zero : 0>(zeros + 2 * stride + r);
+        }
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+#pragma GCC unroll 2
+            for (int r = 0; r < count; ++r) {
+                low[r] = Vector::dot<Format::zero>(low[r], w.quads[j], x + 32 * r + 4 * j);
+                high[r] = Vector::dot<Format::zero>(high[r], w.quads[j + 4], x + 32 * r + 4 * j + 16);
+            }
+        }
+    }
+};
+
 template <class Format, int R>
-TURBOLM_INLINE void multiply_block(const Unpacked& w, int part, const uint8_t* block, const TileRows& rows, Sums<R>& sums) {
+TURBOLM_INLINE void multiply_block(const Unpacked& w, int part, const uint8_t* block, const TileRows& rows,
+                                   Sums<R>& sums) {
     const int64_t stride = rows.stride;
     const int8_t* x = reinterpret_cast<const int8_t*>(block) + 32 * rows.first;
     const float* scale = reinterpret_cast<const float*>(block + 32 * stride) + rows.first;
     const float* scaled_sum = scale + stride;
     const int32_t* zeros = reinterpret_cast<const int32_t*>(scaled_sum + stride);
+    constexpr int step = R % 2 == 0 ? 2 : 1;
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-        Float& sum = sums.of[r][part];
-        if constexpr (Format::has_halves) {
-            auto low = Vector::start<Format::zero>(zeros + stride + r);
-            auto high = Vector::start<Format::zero>(zeros + 2 * stride + r);
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; ++j) {
-                low = Vector::dot<Format::zero>(low, w.quads[j], x + 32 * r + 4 * j);
-                high = Vector::dot<Format::zero>(high, w.quads[j + 4], x + 32 * r + 4 * j + 16);
+    for (int first = 0; first < R; first += step) {
+        const Dots<Format, step> dots(w, x + 32 * first, zeros + first, stride);
+#pragma GCC unroll 2
+        for (int r = 0; r < step; ++r) {
+            Float& sum = sums.of[first + r][part];
+            const Float x_scale = Vector::set(scale[first + r]);
+            if constexpr (Format::has_halves) {
+                Float product = Vector::multiply(Vector::to_float(dots.low[r]), w.d);
+                product = Vector::fma(Vector::to_float(dots.high[r]), w.m, product);
+                sum = Vector::fma(product, x_scale, sum);
+            } else {
+                const Float dot = Vector::to_float(Vector::add(dots.low[r], dots.high[r]));
+                sum = Vector::fma(Vector::multiply(dot, x_scale), w.d, sum);
+                if constexpr (Format::has_minimum) sum = Vector::fma(w.m, Vector::set(scaled_sum[first + r]), sum);
             }
-            Float product = Vector::multiply(Vector::to_float(low), w.d);
-            product = Vector::fma(Vector::to_float(high), w.m, product);
-            sum = Vector::fma(product, Vector::set(scale[r]), sum);
-        } else {
-            auto dot = Vector::start<Format::zero>(zeros + r);
-#pragma GCC unroll 8
-            for (int j = 0; j < 8; ++j) dot = Vector::dot<Format::zero>(dot, w.quads[j], x + 32 * r + 4 * j);
-            const Float product = Vector::multiply(Vector::to_float(dot), Vector::set(scale[r]));
-            sum = Vector::fma(product, w.d, sum);
-            if constexpr (Format::has_minimum) sum = Vector::fma(w.m, Vector::set(scaled_sum[r]), sum);
         }
     }
 }

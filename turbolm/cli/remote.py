@@ -7,13 +7,10 @@ from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequen
 from dataclasses import dataclass, fields
 from typing import Any
 
+import httpx
+
 from turbolm.errors import ConfigError, EngineError, RequestError
 from turbolm.types import FinishReason, Output, Part, ReasoningPart, SamplingParams, TextPart, ToolCallPart, Usage
-
-try:  # whichever the hub library brings along
-    import httpx2 as httpx
-except ImportError:
-    import httpx  # type: ignore[no-redef, import-not-found, unused-ignore]
 
 _DEFAULTS = SamplingParams()
 _RENAMED = {"include_stop": "include_stop_str_in_output"}

@@ -11,8 +11,8 @@ class Job:
     """A live sequence."""
 
     __slots__ = (
-        "block_size", "deferred", "has_answer", "keys", "max_blocks", "max_length", "min_length", "num_in_flight",
-        "num_prompt_logprobs", "num_scheduled", "place", "priority", "sequence", "stops",
+        "asks_prompt_logprobs", "block_size", "deferred", "has_answer", "keys", "max_blocks", "max_length",
+        "min_length", "num_in_flight", "num_prompt_logprobs", "num_scheduled", "place", "priority", "sequence", "stops",
     )  # fmt: skip
 
     def __init__(self, sequence: Sequence, number: int, max_context: int, block_size: int) -> None:
@@ -26,6 +26,7 @@ class Job:
         self.keys = BlockKeys(sequence.token_ids, block_size, request.tenant, request.adapter)
         self.num_scheduled = 0  # leading tokens that steps so far compute; sequence.num_computed follows at update
         self.num_in_flight = 0  # steps with it that are not updated
+        self.asks_prompt_logprobs = params.prompt_logprobs is not None
         self.num_prompt_logprobs = 0  # handed out, of those asked for
         self.deferred = (-1, -1)  # the block (index) that it last waited for, and the step that computed it
         # The answer ends when it is longer than min_length by one of these tokens, or reaches max_length.
@@ -54,8 +55,7 @@ class Job:
     @property
     def wants_prompt_logprobs(self) -> bool:
         """Whether some of its prompt's log-probabilities are still due."""
-        sequence = self.sequence
-        return sequence.request.params.prompt_logprobs is not None and self.num_prompt_logprobs < sequence.num_prompt
+        return self.asks_prompt_logprobs and self.num_prompt_logprobs < self.sequence.num_prompt
 
     @property
     def num_shareable(self) -> int:
@@ -75,15 +75,17 @@ class Draft:
         self.prefills: list[tuple[ScheduledSequence, Job]] = []
 
     def room(self, job: Job) -> int:
-        """How many of the job's tokens fit. A prompt whose log-probabilities are asked for needs logits
-        for each of its tokens, any other for its last."""
+        """How many of the job's tokens fit. Where the prompt's log-probabilities are asked for, each of
+        its tokens needs logits; otherwise the last one does."""
+        if self.num_logit_rows < 1:
+            return 0
         num_new = min(job.num_left, self.num_tokens)
-        return min(num_new, self.num_logit_rows) if self.num_logit_rows < 1 or job.wants_prompt_logprobs else num_new
+        return min(num_new, self.num_logit_rows) if job.asks_prompt_logprobs else num_new
 
     def add_prompt(self, item: ScheduledSequence, job: Job) -> None:
         """Adds what fits the room."""
         self.num_tokens -= item.num_new_tokens
-        self.num_logit_rows -= item.num_new_tokens if job.wants_prompt_logprobs else item.samples
+        self.num_logit_rows -= item.num_new_tokens if job.asks_prompt_logprobs else item.samples
         (self.decodes if item.samples and item.num_new_tokens == 1 else self.prefills).append((item, job))
 
     def finish(self) -> tuple[Step, list[Job]] | None:

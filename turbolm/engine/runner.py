@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from turbolm.engine.sampler import Sampler, token_logprob
+from turbolm.engine.sampler import Sampler, token_logprobs
 from turbolm.engine.step import ScheduledSequence, Step, StepResult
 from turbolm.types import Batch, TokenLogprob
 
@@ -111,8 +111,7 @@ def _prompt_logprobs(logits_rv: Tensor, item: ScheduledSequence) -> tuple[TokenL
     num_top = sequence.request.params.prompt_logprobs
     if num_top is None:
         return ()
-    entries: list[TokenLogprob | None] = [None] if item.start == 0 else []
+    first: tuple[TokenLogprob | None, ...] = (None,) if item.start == 0 else ()
     targets = sequence.request.prompt_token_ids[item.start + 1 : item.start + 1 + item.num_new_tokens]
-    for logits, target in zip(logits_rv, targets, strict=False):  # a sampling row may follow
-        entries.append(token_logprob(torch.log_softmax(logits, dim=-1), target, num_top))
-    return tuple(entries)
+    # A sampling row may follow those of the prompt.
+    return (*first, *token_logprobs(logits_rv[: len(targets)], targets, num_top)) if targets else first

@@ -32,8 +32,8 @@ class Sampler:
     def sample(self, logits_rv: Tensor, sequences: Rows[Sequence]) -> tuple[list[int], list[TokenLogprob | None]]:
         """The next token of each row's sequence, and its log-probabilities where asked for.
         May change `logits_rv` (float32)."""
-        raw = {
-            row: torch.log_softmax(logits_rv[row], dim=-1)
+        wanted = {
+            row: logits_rv[row].clone()  # before adjustments
             for row, sequence in enumerate(sequences)
             if sequence.request.params.logprobs is not None
         }
@@ -42,8 +42,9 @@ class Sampler:
                 self._adjust(logits_rv[row], sequence)
         tokens = self._draw(logits_rv, sequences)
         logprobs: list[TokenLogprob | None] = [None] * len(tokens)
-        for row, values in raw.items():
-            logprobs[row] = token_logprob(values, tokens[row], sequences[row].request.params.logprobs or 0)
+        for row, logits_v in wanted.items():
+            num_top = sequences[row].request.params.logprobs or 0
+            logprobs[row] = token_logprobs(logits_v[None], [tokens[row]], num_top)[0]
         return tokens, logprobs
 
     def _draw(self, logits_rv: Tensor, sequences: Rows[Sequence]) -> list[int]:
@@ -118,15 +119,18 @@ class _History:
         logits_v[ids] = values
 
 
-def token_logprob(logprobs_v: Tensor, token: int, num_top: int) -> TokenLogprob:
-    """The chosen token's entry and the best `num_top` ones, from a row of log-probabilities."""
-    chosen = logprobs_v[token]
-    rank = int((logprobs_v > chosen).sum()) + 1
-    top: tuple[tuple[int, float], ...] = ()
+def token_logprobs(logits_rv: Tensor, tokens: Rows[int], num_top: int) -> list[TokenLogprob]:
+    """Each row's entry for its token, with the best `num_top` alternatives."""
+    logprobs = torch.log_softmax(logits_rv, dim=-1)
+    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits_rv.device).unsqueeze(1))
+    ranks = ((logprobs > chosen).sum(-1) + 1).tolist()
+    tops: list[tuple[tuple[int, float], ...]] = [()] * len(tokens)
     if num_top:
-        best = torch.topk(logprobs_v, min(num_top, logprobs_v.shape[0]))
-        top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    return TokenLogprob(token, float(chosen), rank, top)
+        best = torch.topk(logprobs, min(num_top, logprobs.shape[1]))
+        rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        tops = [tuple(zip(indices, values, strict=True)) for indices, values in rows]
+    values = chosen.squeeze(1).tolist()
+    return [TokenLogprob(*entry) for entry in zip(tokens, values, ranks, tops, strict=True)]
 
 
 def _has_penalties(params: SamplingParams) -> bool:

@@ -59,7 +59,7 @@ class ConfigReader:
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             names = " or ".join(k.__name__ for k in kinds)
             raise CheckpointError(f"config.json has '{name}': {value!r}; it must be {names}")
-        return value  # type: ignore[return-value]
+        return value
 
     def has(self, name: str) -> bool:
         return self._config.get(name) is not None

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from turbolm.config import Gpu, Hardware
+from turbolm.ops.cpu import library
 
 #: CPU features that kernels care about, as Linux spells them.
 ISA_FLAGS = (
@@ -32,6 +33,8 @@ def probe(root: Path = Path("/")) -> Hardware:
         total_memory=total,
         free_memory=free,
         gpus=_gpus(),
+        native=library.isa(),
+        native_error=library.failure(),
     )
 
 

@@ -16,7 +16,12 @@ struct Vector {
     static Float zero() { return _mm256_setzero_ps(); }
     static Float set(float value) { return _mm256_set1_ps(value); }
     static Float load(const float* from) { return _mm256_loadu_ps(from); }
-    static void store(float* to, Float value) { _mm256_storeu_ps(to, value); }
+    static __m256i first_lanes(int64_t count) {
+        const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane);
+    }
+    static Float load_some(const float* from, int64_t count) { return _mm256_maskload_ps(from, first_lanes(count)); }
+    static void store_some(float* to, Float value, int64_t count) { _mm256_maskstore_ps(to, first_lanes(count), value); }
     static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
     static Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
     static Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }

@@ -7,12 +7,15 @@
 
 #include "matmul.h"
 
+#define TURBOLM_MATMUL_PANELS
+
 namespace turbolm {
 namespace {
 
 struct Vector {
     static constexpr int lanes = 16;
-    static constexpr int row_steps[] = {16, 12, 8, 6, 4, 3, 2, 1};
+    static constexpr int row_steps[] = {6, 5, 4, 3, 2, 1};
+    static constexpr int64_t min_panel_rows = 8;  // measured
     using Float = __m512;
     using Int = __m512i;
     using Bytes = __m512i;  // the same type as Int
@@ -20,7 +23,15 @@ struct Vector {
     static Float zero() { return _mm512_setzero_ps(); }
     static Float set(float value) { return _mm512_set1_ps(value); }
     static Float load(const float* from) { return _mm512_loadu_ps(from); }
-    static void store(float* to, Float value) { _mm512_storeu_ps(to, value); }
+    static __mmask16 first_lanes(int64_t count) {
+        return static_cast<__mmask16>(count >= lanes ? 0xffff : (1 << count) - 1);
+    }
+    static Float load_some(const float* from, int64_t count) {
+        return _mm512_maskz_loadu_ps(first_lanes(count), from);
+    }
+    static void store_some(float* to, Float value, int64_t count) {
+        _mm512_mask_storeu_ps(to, first_lanes(count), value);
+    }
     static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
     static Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
     static Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
@@ -59,10 +70,10 @@ struct Vector {
         return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), nibbles);
     }
 
-    static int32_t read_int(const void* from) {
+    static Bytes broadcast(const int8_t* quad) {
         int32_t value;
-        __builtin_memcpy(&value, from, 4);
-        return value;
+        __builtin_memcpy(&value, quad, 4);
+        return _mm512_set1_epi32(value);
     }
 
 #ifdef __AVX512VNNI__
@@ -74,9 +85,13 @@ struct Vector {
         return _mm512_srai_epi32(_mm512_set1_epi32(*sum_128), shift);
     }
     template <int zero>
+    static Int dot_quads(Int sum, Bytes w, Bytes quad) {
+        return _mm512_dpbusd_epi32(sum, w, quad);
+    }
+    template <int zero>
     static Int dot(Int sum, Bytes w, const int8_t* x) {
 #ifdef __clang__
-        return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(read_int(x)));
+        return dot_quads<zero>(sum, w, broadcast(x));
 #else  // GCC 12 spends an instruction on the broadcast that the operand can do
         asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*reinterpret_cast<const int32_t*>(x)));
         return sum;
@@ -92,8 +107,7 @@ struct Vector {
     // Pairs of products are summed in int16: 2 * 63 * 127 fits, 2 * 255 * 127 does not, so bytes of
     // 8 bits are made signed, and their sign moved to x.
     template <int zero>
-    static Int dot(Int sum, Bytes w, const int8_t* x) {
-        Bytes quad = _mm512_set1_epi32(read_int(x));
+    static Int dot_quads(Int sum, Bytes w, Bytes quad) {
         if constexpr (zero == 128) {
             w = _mm512_xor_si512(w, _mm512_set1_epi8(-128));
             quad = _mm512_mask_sub_epi8(quad, _mm512_movepi8_mask(w), _mm512_setzero_si512(), quad);
@@ -101,6 +115,10 @@ struct Vector {
         }
         const Bytes pairs = _mm512_maddubs_epi16(w, quad);
         return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+    }
+    template <int zero>
+    static Int dot(Int sum, Bytes w, const int8_t* x) {
+        return dot_quads<zero>(sum, w, broadcast(x));
     }
 #endif
 

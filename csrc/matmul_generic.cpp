@@ -21,7 +21,14 @@ struct Vector {
         __builtin_memcpy(&result, from, sizeof(result));
         return result;
     }
-    static void store(float* to, Float value) { __builtin_memcpy(to, &value, sizeof(value)); }
+    static Float load_some(const float* from, int64_t count) {
+        Float result{};
+        for (int i = 0; i < lanes && i < count; ++i) result[i] = from[i];
+        return result;
+    }
+    static void store_some(float* to, Float value, int64_t count) {
+        for (int i = 0; i < lanes && i < count; ++i) to[i] = value[i];
+    }
     static Float add(Float a, Float b) { return a + b; }
     static Int add(Int a, Int b) { return a + b; }
     static Float multiply(Float a, Float b) { return a * b; }

@@ -11,7 +11,9 @@
 //   Float, Int, Bytes       lanes floats; lanes int32; 4 * lanes bytes
 //   start<zero>(p)          accumulators for bytes with this zero point; *p is -128 * sum(x)
 //   dot<zero>(a, w, x)      a + the products of each lane's 4 bytes with the 4 int8 at x
+//   load_some(p, n), store_some(p, v, n)   the first n lanes; n may be below 0 or above `lanes`
 //   insert<s, mask>(q, b)   q | ((b << s) & mask), bytewise; s may be negative
+//   broadcast, dot_quads, min_panel_rows    where TURBOLM_MATMUL_PANELS is defined (matmul_panel.h)
 //   quantize_block(x, q)    32 floats to int8; returns the scale and the sums of both halves
 #pragma once
 
@@ -160,61 +162,81 @@ struct Dense {
 
 // Adds the bias and stores `columns` (at most 16) of R rows.
 template <int R>
-TURBOLM_INLINE void store(Sums<R>& sums, const float* bias, int64_t columns, float* y, int64_t ldy) {
-    float padded[group_rows] = {};
-    if (bias != nullptr && columns < group_rows) {
-        for (int64_t i = 0; i < columns; ++i) padded[i] = bias[i];
-        bias = padded;
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r, y += ldy) {
-        float last[group_rows];
-        float* to = columns < group_rows ? last : y;
+TURBOLM_INLINE void store(const Sums<R>& sums, const float* bias, int64_t columns, float* y, int64_t ldy) {
 #pragma GCC unroll 4
-        for (int part = 0; part < parts; ++part) {
-            Float sum = sums.of[r][part];
-            if (bias != nullptr) sum = Vector::add(sum, Vector::load(bias + Vector::lanes * part));
-            Vector::store(to + Vector::lanes * part, sum);
-        }
-        if (columns < group_rows) {
-            for (int64_t i = 0; i < columns; ++i) y[i] = last[i];
+    for (int part = 0; part < parts; ++part) {
+        const int64_t first = Vector::lanes * part;
+        const Float add = bias == nullptr ? Vector::zero() : Vector::load_some(bias + first, columns - first);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            const Float sum = bias == nullptr ? sums.of[r][part] : Vector::add(sums.of[r][part], add);
+            Vector::store_some(y + r * ldy + first, sum, columns - first);
         }
     }
 }
 
 // One group times the rows of one tile from rows.first on, as many at once as the registers hold.
 template <class Kernel, int step = 0>
-inline void multiply_tile(const MatmulWork& work, const uint8_t* group, const float* bias, int64_t columns, float* y,
-                          TileRows rows) {
+inline void multiply_tile(const MatmulWork& work, float* y, TileRows rows) {
     constexpr int R = Vector::row_steps[step];
     for (; rows.stride - rows.first >= R; rows.first += R) {
         Sums<R> sums;
         sums.clear();
-        Kernel::template multiply<R>(group, work.k, rows, sums);
-        store<R>(sums, bias, columns, y + rows.first * work.ldy, work.ldy);
+        Kernel::template multiply<R>(work.packed, work.k, rows, sums);
+        store<R>(sums, work.bias, work.columns, y + rows.first * work.ldy, work.ldy);
     }
-    if constexpr (step + 1 < num_row_steps) {
-        multiply_tile<Kernel, step + 1>(work, group, bias, columns, y, rows);
+    if constexpr (step + 1 < num_row_steps) multiply_tile<Kernel, step + 1>(work, y, rows);
+}
+
+// One group times all rows.
+template <class Kernel>
+void multiply_group(const MatmulWork& work) {
+    for (int64_t row = 0; row < work.rows; row += tile_rows) {
+        const int64_t count = work.rows - row < tile_rows ? work.rows - row : tile_rows;
+        const TileRows rows{work.tiles + row * Kernel::row_bytes(work.k), count, 0};
+        multiply_tile<Kernel>(work, work.y + row * work.ldy, rows);
     }
+}
+
+}  // namespace
+}  // namespace turbolm
+
+#ifdef TURBOLM_MATMUL_PANELS
+#include "matmul_panel.h"
+#endif
+
+namespace turbolm {
+namespace {
+
+// The part of the work with `columns` columns from `column` on and `rows` rows from `row` on.
+template <class Kernel>
+MatmulWork part_of(const MatmulWork& work, int64_t column, int64_t columns, int64_t row, int64_t rows) {
+    MatmulWork part = work;
+    part.packed += column / group_rows * Kernel::group_bytes(work.k);
+    part.columns = columns;
+    part.tiles += row * Kernel::row_bytes(work.k);
+    part.rows = rows;
+    if (work.bias != nullptr) part.bias += column;
+    part.y += row * work.ldy + column;
+    return part;
 }
 
 template <class Kernel>
 void multiply(const MatmulWork& work) {
-    const int64_t group_bytes = Kernel::group_bytes(work.k);
-    const int64_t row_bytes = Kernel::row_bytes(work.k);
-    const uint8_t* group = work.packed;
-    const float* bias = work.bias;
-    float* y = work.y;
-    for (int64_t left = work.columns; left > 0; left -= group_rows) {
-        const int64_t columns = left < group_rows ? left : group_rows;
-        for (int64_t row = 0; row < work.rows; row += tile_rows) {
-            const int64_t count = work.rows - row < tile_rows ? work.rows - row : tile_rows;
-            const TileRows rows{work.tiles + row * row_bytes, count, 0};
-            multiply_tile<Kernel>(work, group, bias, columns, y + row * work.ldy, rows);
+    int64_t done = 0;
+#ifdef TURBOLM_MATMUL_PANELS
+    constexpr int64_t width = panel_groups * group_rows;
+    for (; work.rows >= Vector::min_panel_rows && work.columns - done > group_rows; done += width) {
+        const int64_t columns = work.columns - done < width ? work.columns - done : width;
+        for (int64_t row = 0; row < work.rows; row += panel_rows) {
+            const int64_t rows = work.rows - row < panel_rows ? work.rows - row : panel_rows;
+            multiply_panel(Kernel{}, part_of<Kernel>(work, done, columns, row, rows));
         }
-        group += group_bytes;
-        y += group_rows;
-        if (bias != nullptr) bias += group_rows;
+    }
+#endif
+    for (; done < work.columns; done += group_rows) {
+        const int64_t columns = work.columns - done < group_rows ? work.columns - done : group_rows;
+        multiply_group<Kernel>(part_of<Kernel>(work, done, columns, 0, work.rows));
     }
 }
 

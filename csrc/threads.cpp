@@ -5,8 +5,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
-#include <cstdio>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -16,10 +16,16 @@
 namespace turbolm {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+using std::chrono::milliseconds;
+
 constexpr int kCacheLine = 64;
 constexpr int kFanIn = 8;      // children of a node of the arrival tree
 constexpr int kSpins = 2000;   // pauses before a waiting thread starts to yield: some 40 to 100 µs
 constexpr int kYields = 1000;  // an idle thread sleeps after so many more
+constexpr uint32_t kThreadMask = 0xfff;         // most threads of a team
+constexpr milliseconds kShortRun{2};            // shorter ones say nothing about the machine's load
+constexpr milliseconds kShortestRetreat{200};
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -29,85 +35,63 @@ inline void pause() {
 #endif
 }
 
-// Waits for done(). Yields when that takes long: on a busy machine the thread waited for may need
-// this very core. False after `max_yields` yields; negative: never gives up.
 template <class Done>
-bool wait_until(const Done& done, int max_yields) {
+bool spin_until(const Done& done) {
     for (int i = 0; i < kSpins; ++i) {
         if (done()) return true;
         pause();
     }
-    for (int i = 0; i != max_yields; ++i) {
-        if (done()) return true;
-        sched_yield();
-    }
     return false;
-}
-
-// One CPU list per physical core that this process may use; a core's hardware threads share it.
-std::vector<cpu_set_t> allowed_cores() {
-    std::vector<cpu_set_t> cores;
-    std::vector<std::pair<int, int>> ids;  // (package, core) of each
-    cpu_set_t allowed;
-    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return cores;
-    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
-        if (!CPU_ISSET(cpu, &allowed)) continue;
-        const auto read = [cpu](const char* name) {
-            char path[128];
-            std::snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/%s", cpu, name);
-            int value = -1;
-            if (std::FILE* file = std::fopen(path, "r")) {
-                if (std::fscanf(file, "%d", &value) != 1) value = -1;
-                std::fclose(file);
-            }
-            return value;
-        };
-        std::pair<int, int> id{read("physical_package_id"), read("core_id")};
-        if (id.second < 0) id = {-2, cpu};  // unknown: a core of its own
-        const size_t index = std::find(ids.begin(), ids.end(), id) - ids.begin();
-        if (index == ids.size()) {
-            ids.push_back(id);
-            cores.emplace_back();
-            CPU_ZERO(&cores.back());
-        }
-        CPU_SET(cpu, &cores[index]);
-    }
-    return cores;
 }
 
 }  // namespace
 
 // Arrivals climb a tree: a thread that has seen its children arrive tells its parent; the root
-// releases all. Each thread counts its own barriers, so nothing is ever reset, and each writes to
-// a cache line of its own, so arrivals don't contend.
+// releases all. Threads count barriers, so nothing is ever reset, and each writes to a cache line of
+// its own, so arrivals don't contend.
 struct Barrier {
     struct alignas(kCacheLine) Slot {
-        std::atomic<uint32_t> arrived{0};  // barriers that this thread and all below it have reached
+        std::atomic<uint64_t> arrived{0};  // the last barrier that this thread and all below it have reached
+        uint64_t passed = 0;               // the last barrier that this thread has reached; its own
+        Clock::duration lost{0};           // time that this thread waited beyond spinning; its own
     };
 
-    explicit Barrier(int num_threads) : num_threads(num_threads), slots(new Slot[num_threads]) {}
+    explicit Barrier(int max_threads) : slots(new Slot[max_threads]) {}
 
-    void wait(int thread) {
-        const uint32_t epoch = slots[thread].arrived.load(std::memory_order_relaxed) + 1;
+    // All of this thread's subtree is here.
+    void arrive(int thread, int num_threads) {
+        Slot& slot = slots[thread];
+        const uint64_t number = ++slot.passed;
         const int first = thread * kFanIn + 1, last = std::min(first + kFanIn, num_threads);
-        for (int child = first; child < last; ++child) {
-            wait_until([&] { return slots[child].arrived.load(std::memory_order_acquire) == epoch; }, -1);
-        }
-        slots[thread].arrived.store(epoch, std::memory_order_release);
+        for (int child = first; child < last; ++child) wait(slot, slots[child].arrived, number);
+        slot.arrived.store(number, std::memory_order_release);
+    }
+
+    void meet(int thread, int num_threads) {
+        arrive(thread, num_threads);
+        Slot& slot = slots[thread];
         if (thread == 0) {
-            released.store(epoch, std::memory_order_release);
+            released.store(slot.passed, std::memory_order_release);
         } else {
-            wait_until([&] { return released.load(std::memory_order_acquire) == epoch; }, -1);
+            wait(slot, released, slot.passed);
         }
     }
 
-    const int num_threads;
+    static void wait(Slot& slot, const std::atomic<uint64_t>& counter, uint64_t number) {
+        const auto is_there = [&] { return counter.load(std::memory_order_acquire) >= number; };
+        if (spin_until(is_there)) return;
+        // The thread waited for may need this very core.
+        const auto start = Clock::now();
+        while (!is_there()) sched_yield();
+        slot.lost += Clock::now() - start;
+    }
+
     std::unique_ptr<Slot[]> slots;
-    alignas(kCacheLine) std::atomic<uint32_t> released{0};
+    alignas(kCacheLine) std::atomic<uint64_t> released{0};
 };
 
 void Team::barrier() const {
-    if (num_threads > 1) shared_barrier->wait(thread);
+    if (num_threads > 1) shared_barrier->meet(thread, num_threads);
 }
 
 struct ThreadTeam::State {
@@ -121,19 +105,23 @@ struct ThreadTeam::State {
     static void* work(void* argument);
     void start();
     void call(void (*new_function)(void*, const Team&), void* new_argument);
+    void adapt(Clock::time_point begin, Clock::time_point end);
     void stop();
     void forget();
 
     const int wanted;
     int num_threads = 1;  // with the caller; fewer than wanted where the system refused threads
+    int num_active = 1;   // that take part in runs now
     bool is_started = false;
-    bool is_pinned = false;
-    std::mutex running;  // one run at a time
+    Clock::time_point retreat_end;  // then all threads take part again
+    std::mutex running;             // one run at a time
     std::unique_ptr<Barrier> barrier;
     std::vector<pthread_t> threads;
     void (*function)(void*, const Team&) = nullptr;  // null: threads end
     void* argument = nullptr;
-    alignas(kCacheLine) std::atomic<uint32_t> generation{0};  // counts calls; idle threads watch it
+    uint64_t first_barrier = 0;  // barriers before this run
+    // Number of runs, and in the low bits of the threads that take part in the newest. Idle threads watch it.
+    alignas(kCacheLine) std::atomic<uint32_t> current{0};
 };
 
 namespace {
@@ -142,7 +130,6 @@ namespace {
 struct Registry {
     std::mutex lock;
     std::vector<ThreadTeam*> teams;
-    bool has_pinned_team = false;
 };
 
 Registry& registry() {
@@ -154,53 +141,68 @@ Registry& registry() {
 
 void* ThreadTeam::State::work(void* argument) {
     const std::unique_ptr<Worker> worker(static_cast<Worker*>(argument));
+    const int thread = worker->thread;
     State& state = *worker->state;
-    for (uint32_t seen = 0;; ++seen) {
-        const auto is_called = [&] { return state.generation.load(std::memory_order_acquire) != seen; };
-        if (!wait_until(is_called, kYields)) state.generation.wait(seen, std::memory_order_acquire);
+    uint32_t seen = 0;
+    bool was_active = true;
+    for (;;) {
+        const auto is_called = [&] { return state.current.load(std::memory_order_acquire) != seen; };
+        bool is_awake = was_active && spin_until(is_called);
+        for (int i = 0; was_active && !is_awake && i < kYields; ++i) {
+            sched_yield();
+            is_awake = is_called();
+        }
+        if (!is_awake) state.current.wait(seen, std::memory_order_acquire);
+        seen = state.current.load(std::memory_order_acquire);
+        // Nothing but `current` may be looked at before this is known: the caller doesn't wait for
+        // threads that take no part.
+        const int num_active = static_cast<int>(seen & kThreadMask);
+        was_active = thread < num_active;
+        if (!was_active) continue;
         if (state.function == nullptr) return nullptr;
-        const Team team{worker->thread, state.num_threads, state.barrier.get()};
-        state.function(state.argument, team);
-        team.barrier();
+        state.barrier->slots[thread].passed = state.first_barrier;
+        state.function(state.argument, Team{thread, num_active, state.barrier.get()});
+        state.barrier->arrive(thread, num_active);
     }
 }
 
 void ThreadTeam::State::start() {
-    // Threads stay on their cores where the team has all of them to itself; the caller goes where
-    // the system puts it, which is the one that is left.
-    const std::vector<cpu_set_t> cores = allowed_cores();
-    {
-        const std::lock_guard lock(registry().lock);
-        is_pinned = static_cast<int>(cores.size()) == wanted && !registry().has_pinned_team;
-        registry().has_pinned_team |= is_pinned;
-    }
-    generation = 0;
+    barrier = std::make_unique<Barrier>(wanted);
+    current = 0;
     for (int thread = 1; thread < wanted; ++thread) {
-        pthread_attr_t attributes;
-        pthread_attr_init(&attributes);
-        if (is_pinned) pthread_attr_setaffinity_np(&attributes, sizeof(cpu_set_t), &cores[thread]);
         auto worker = std::unique_ptr<Worker>(new Worker{this, thread});
         pthread_t handle;
-        const int error = pthread_create(&handle, &attributes, work, worker.get());
-        pthread_attr_destroy(&attributes);
-        if (error != 0) break;
+        if (pthread_create(&handle, nullptr, work, worker.get()) != 0) break;
         (void)worker.release();  // the thread owns it
         threads.push_back(handle);
     }
-    num_threads = 1 + static_cast<int>(threads.size());
-    barrier = std::make_unique<Barrier>(num_threads);
+    num_threads = num_active = 1 + static_cast<int>(threads.size());
     is_started = true;
 }
 
 void ThreadTeam::State::call(void (*new_function)(void*, const Team&), void* new_argument) {
     function = new_function;
     argument = new_argument;
-    generation.fetch_add(1, std::memory_order_release);
-    generation.notify_all();
+    first_barrier = barrier->slots[0].passed;
+    const uint32_t runs = current.load(std::memory_order_relaxed) & ~kThreadMask;
+    current.store((runs + kThreadMask + 1) | static_cast<uint32_t>(num_active), std::memory_order_release);
+    current.notify_all();
+}
+
+// Fewer threads for ten times as long as the run took, if more than half of that was waiting.
+void ThreadTeam::State::adapt(Clock::time_point begin, Clock::time_point end) {
+    const auto lost = std::exchange(barrier->slots[0].lost, Clock::duration{0});
+    if (end - begin >= kShortRun && lost * 2 > end - begin) {
+        num_active = std::max(1, num_active / 2);
+        retreat_end = end + std::max<Clock::duration>((end - begin) * 10, kShortestRetreat);
+    } else if (num_active < num_threads && end > retreat_end) {
+        num_active = num_threads;
+    }
 }
 
 void ThreadTeam::State::stop() {
     if (!is_started) return;
+    num_active = num_threads;
     call(nullptr, nullptr);
     for (const pthread_t thread : threads) pthread_join(thread, nullptr);
     forget();
@@ -208,12 +210,11 @@ void ThreadTeam::State::stop() {
 
 // There are no threads (any more): the next run starts some.
 void ThreadTeam::State::forget() {
-    if (is_pinned) registry().has_pinned_team = is_pinned = false;
     threads.clear();
     is_started = false;
 }
 
-ThreadTeam::ThreadTeam(int num_threads) : state_(new State(std::max(1, num_threads))) {
+ThreadTeam::ThreadTeam(int num_threads) : state_(new State(std::clamp<int>(num_threads, 1, kThreadMask))) {
     static const int handlers = pthread_atfork(
         [] { registry().lock.lock(); }, [] { registry().lock.unlock(); },
         [] {
@@ -230,20 +231,27 @@ ThreadTeam::ThreadTeam(int num_threads) : state_(new State(std::max(1, num_threa
 
 ThreadTeam::~ThreadTeam() {
     const std::lock_guard lock(registry().lock);
-    state_->stop();
     std::erase(registry().teams, this);
+    {
+        const std::lock_guard last_run(state_->running);
+        state_->stop();
+    }
     delete state_;
 }
 
 int ThreadTeam::size() const { return state_->wanted; }
 
 void ThreadTeam::run(void (*function)(void* argument, const Team& team), void* argument) {
-    const std::lock_guard lock(state_->running);
-    if (!state_->is_started) state_->start();
-    if (state_->num_threads > 1) state_->call(function, argument);
-    const Team team{0, state_->num_threads, state_->barrier.get()};
-    function(argument, team);
-    team.barrier();
+    State& state = *state_;
+    const std::lock_guard lock(state.running);
+    if (!state.is_started) state.start();
+    if (state.num_threads == 1) return function(argument, Team{0, 1, nullptr});
+    const auto begin = Clock::now();
+    const int num_active = state.num_active;
+    if (num_active > 1) state.call(function, argument);
+    function(argument, Team{0, num_active, state.barrier.get()});
+    if (num_active > 1) state.barrier->arrive(0, num_active);
+    state.adapt(begin, Clock::now());
 }
 
 }  // namespace turbolm

@@ -4,7 +4,6 @@ reasoning, text and tool calls."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from turbolm.text import Detokenizer, PartParser, StopStrings, Tokenizer
 from turbolm.types import FinishReason, Output, Part, Request, ToolCallPart, Usage
@@ -54,14 +53,13 @@ class AnswerStream:
             parts += self._parser.push(text if matched else text + self._stops.finish())
             parts += self._parser.finish()
             reason = "stop" if matched else output.finish_reason
-            return self._final(replace(output, stop=matched or output.stop), parts, reason)
+            return self._final(output._replace(stop=matched or output.stop), parts, reason)
         self._note(parts)
-        return replace(output, parts=tuple(parts))
+        return output._replace(parts=tuple(parts))
 
     def _end_at_stop(self, output: Output, count: int, matched: str, parts: list[Part]) -> Output:
         parts += self._parser.finish()
-        cut = replace(
-            output,
+        cut = output._replace(
             token_ids=output.token_ids[:count],
             logprobs=output.logprobs[:count],
             stop=matched,
@@ -75,7 +73,7 @@ class AnswerStream:
         self._note(parts)
         if reason == "stop" and self._has_tool_call:
             reason = "tool_calls"
-        return replace(output, parts=tuple(parts), finish_reason=reason)
+        return output._replace(parts=tuple(parts), finish_reason=reason)
 
     def _note(self, parts: Sequence[Part]) -> None:
         self._has_tool_call |= any(isinstance(part, ToolCallPart) for part in parts)

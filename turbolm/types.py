@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from turbolm.errors import RequestError, TurbolmError, nearest
 
@@ -276,13 +276,12 @@ class Usage:
         return self.prompt_tokens + self.completion_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(NamedTuple):
     """A delta: what a request has produced since its previous output. The last one, and only
-    that, has a `finish_reason` and the `usage`."""
+    that, has a `finish_reason` and the `usage`. A tuple, because a step makes hundreds of them."""
 
     request_id: str
-    index: int = 0
+    index: int = 0  # type: ignore[assignment]  # hides tuple's method of that name
     token_ids: tuple[int, ...] = ()
     parts: tuple[Part, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()  # one per token, where asked for

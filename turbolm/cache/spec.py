@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -35,9 +37,14 @@ class CacheSpec:
         return sum(layer.elements_per_token for layer in self.layers) * self.dtype.itemsize
 
     def allocate(self, num_blocks: int, block_size: int, device: torch.device) -> list[LayerCache]:
-        """The KV pool, a `LayerCache` per layer. Its memory is touched when first written."""
+        """The KV pool, a `LayerCache` per layer. On the CPU its memory is taken when first written."""
 
         def pool(layer: LayerCacheSpec, dim: int) -> torch.Tensor:
-            return torch.zeros(num_blocks, layer.num_kv_heads, block_size, dim, dtype=self.dtype, device=device)
+            shape = (num_blocks, layer.num_kv_heads, block_size, dim)
+            if device.type != "cpu":
+                return torch.zeros(shape, dtype=self.dtype, device=device)
+            # torch.zeros would write, and so take, all of it.
+            memory = mmap.mmap(-1, math.prod(shape) * self.dtype.itemsize)
+            return torch.frombuffer(memory, dtype=self.dtype).view(shape)
 
         return [LayerCache(pool(layer, layer.head_dim), pool(layer, layer.v_head_dim)) for layer in self.layers]

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from turbolm.cache.prefix_cache import BlockKeys
+from turbolm.engine.speculative import Drafter
 from turbolm.engine.step import ScheduledSequence, Step
-from turbolm.types import Sequence
+from turbolm.types import FinishReason, Sequence, TokenLogprob
 
 
 class Job:
     """A live sequence."""
 
     __slots__ = (
-        "asks_prompt_logprobs", "block_size", "deferred", "has_answer", "keys", "max_blocks", "max_length",
-        "min_length", "num_in_flight", "num_prompt_logprobs", "num_scheduled", "place", "priority", "sequence", "stops",
+        "asks_prompt_logprobs", "block_size", "deferred", "drafter", "has_answer", "keys", "max_blocks",
+        "max_length", "min_length", "num_in_flight", "num_prompt_logprobs", "num_scheduled", "place", "priority",
+        "sequence", "stops",
     )  # fmt: skip
 
-    def __init__(self, sequence: Sequence, number: int, max_context: int, block_size: int) -> None:
+    def __init__(
+        self, sequence: Sequence, number: int, max_context: int, block_size: int, drafter: Drafter | None = None
+    ) -> None:
         request = sequence.request
         params = request.params
         num_prompt = sequence.num_prompt
         self.sequence = sequence
         self.block_size = block_size
+        self.drafter = drafter
         self.priority = request.priority
         self.place = (request.priority, number)  # the order of all work; unique
         self.keys = BlockKeys(sequence.token_ids, block_size, request.tenant, request.adapter)
@@ -49,8 +54,13 @@ class Job:
 
     @property
     def num_wanted(self) -> int:
-        """Blocks that it lacks for the tokens it has, and one to grow."""
-        return min(self.num_needed + 1, self.max_blocks) - len(self.sequence.blocks)
+        """Blocks that it lacks for the tokens it has, and one to grow. (It may have more, for drafts.)"""
+        return max(0, min(self.num_needed + 1, self.max_blocks) - len(self.sequence.blocks))
+
+    @property
+    def num_draftable(self) -> int:
+        """How many drafts the answer has room for: the last token of the longest one is never computed."""
+        return self.max_length - 1 - len(self.sequence.token_ids)
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -63,8 +73,28 @@ class Job:
         that there is something to sample from; all are where the prompt's log-probabilities are due."""
         return 0 if self.wants_prompt_logprobs else (len(self.sequence.token_ids) - 1) // self.block_size
 
+    def append(self, token_ids: tuple[int, ...]) -> tuple[int, FinishReason | None, int | None]:
+        """Appends sampled tokens as far as the answer goes: how many, and if it ends so, why and with
+        which stop token."""
+        known = self.sequence.token_ids
+        for number, token in enumerate(token_ids, 1):
+            known.append(token)
+            if token in self.stops and len(known) > self.min_length:
+                return number, "stop", token
+            if len(known) >= self.max_length:
+                return number, "length", None
+        return len(token_ids), None, None
 
-class Draft:
+    def new_prompt_logprobs(
+        self, start: int, entries: tuple[TokenLogprob | None, ...]
+    ) -> tuple[TokenLogprob | None, ...]:
+        """Those of a chunk that begins at token `start`, less those handed out before a preemption."""
+        entries = entries[max(0, self.num_prompt_logprobs - (start + 1 if start else 0)) :]
+        self.num_prompt_logprobs += len(entries)
+        return entries
+
+
+class OpenStep:
     """A step being put together, and what is left of its limits."""
 
     def __init__(self, num_tokens: int, num_logit_rows: int) -> None:
@@ -93,5 +123,5 @@ class Draft:
         parts = self.decodes + self.prefills
         if not parts:
             return None
-        step = Step(tuple([item for item, _ in parts]), sum([item.num_new_tokens for item, _ in parts]))
+        step = Step(tuple([item for item, _ in parts]), sum([item.num_tokens for item, _ in parts]))
         return step, [job for _, job in parts]

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from turbolm.engine.sampler import Sampler, token_logprobs
+from turbolm.engine.sampler import Choice, Sampler, token_logprobs
+from turbolm.engine.speculative import num_accepted
 from turbolm.engine.step import ScheduledSequence, Step, StepResult
 from turbolm.types import Batch, TokenLogprob
 
@@ -31,45 +32,49 @@ class Runner:
     @torch.inference_mode()
     def run(self, step: Step) -> list[StepResult]:
         """One result per item of the step, in its order."""
-        rows = [_logit_rows(item) for item in step.items]
+        items = step.items
+        rows = [_logit_rows(item) for item in items]
         logits = self._forward(self._batch(step, rows))
-        first_rows = [0, *itertools.accumulate(len(item_rows) for item_rows in rows)]
+        ends = list(itertools.accumulate(len(item_rows) for item_rows in rows))
         scores = [
-            _prompt_logprobs(logits[first : first + len(item_rows)], item)
-            for item, item_rows, first in zip(step.items, rows, first_rows, strict=False)
+            _prompt_logprobs(logits[end - len(item_rows) : end], item)
+            for item, item_rows, end in zip(items, rows, ends, strict=True)
         ]
-        sampling = [i for i, item in enumerate(step.items) if item.samples]
-        last_rows = [first_rows[i + 1] - 1 for i in sampling]
+        choices = [_choices(item) for item in items]
+        choice_rows = [row for its, end in zip(choices, ends, strict=True) for row in range(end - len(its), end)]
         logits = logits[:, : self._vocab_size]
-        if len(last_rows) != logits.shape[0]:
-            logits = logits[torch.tensor(last_rows, dtype=torch.int64, device=logits.device)]
+        if len(choice_rows) != logits.shape[0]:
+            logits = logits[torch.tensor(choice_rows, dtype=torch.int64, device=logits.device)]
         tokens: list[int] = []
         logprobs: list[TokenLogprob | None] = []
-        if sampling:
-            tokens, logprobs = self._sampler.sample(logits, [step.items[i].sequence for i in sampling])
-        results = [StepResult((), (), score) for score in scores]
-        for i, token, logprob in zip(sampling, tokens, logprobs, strict=True):
-            results[i] = StepResult((token,), () if logprob is None else (logprob,), scores[i])
+        if choice_rows:
+            tokens, logprobs = self._sampler.sample(logits, list(itertools.chain.from_iterable(choices)))
+        results, first = [], 0
+        for item, its, score in zip(items, choices, scores, strict=True):
+            last = first + len(its)
+            results.append(_result(item, tokens[first:last], logprobs[first:last], score))
+            first = last
         return results
 
     def _batch(self, step: Step, rows: list[list[int]]) -> Batch:
         items, size = step.items, self._block_size
-        counts = np.array([item.num_new_tokens for item in items], np.int32)
+        counts = np.array([item.num_tokens for item in items], np.int32)
+        first_positions = np.array([item.start for item in items], np.int32)
         starts = np.zeros(len(items) + 1, np.int32)
         np.cumsum(counts, out=starts[1:])
         num_tokens = int(starts[-1])
-        token_ids = np.empty(num_tokens, np.int32)
-        positions = np.empty(num_tokens, np.int32)
-        slots = np.empty(num_tokens, np.int32)
-        contexts = np.array([item.start for item in items], np.int32) + counts
+        contexts = first_positions + counts
         tables = np.zeros((len(items), -(-int(contexts.max()) // size)), np.int32)
+        tokens: list[int] = []
         for i, item in enumerate(items):
-            sequence, first, last = item.sequence, starts[i], starts[i + 1]
-            num_blocks = -(-int(contexts[i]) // size)
+            sequence, num_blocks = item.sequence, -(-int(contexts[i]) // size)
             tables[i, :num_blocks] = sequence.blocks[:num_blocks]
-            token_ids[first:last] = sequence.token_ids[item.start : item.start + item.num_new_tokens]
-            positions[first:last] = np.arange(item.start, contexts[i], dtype=np.int32)
-            slots[first:last] = tables[i, positions[first:last] // size] * size + positions[first:last] % size
+            tokens += sequence.token_ids[item.start : item.start + item.num_new_tokens]
+            tokens += item.drafts
+        token_ids = np.array(tokens, np.int32)
+        positions = np.arange(num_tokens, dtype=np.int32) + np.repeat(first_positions - starts[:-1], counts)
+        owners = np.repeat(np.arange(len(items)), counts)
+        slots = tables[owners, positions // size] * size + positions % size
         logit_rows = np.array(
             [starts[i] + row for i, item_rows in enumerate(rows) for row in item_rows], dtype=np.int32
         )
@@ -93,15 +98,35 @@ class Runner:
 
 
 def _logit_rows(item: ScheduledSequence) -> list[int]:
-    """Rows of the item's new tokens whose logits are wanted: those that predict a prompt token whose
-    log-probability is asked for (position p predicts token p + 1), and the last where it samples."""
+    """Rows of the item's tokens whose logits are wanted: those that predict a prompt token whose
+    log-probability is asked for (position p predicts token p + 1), and where it samples, the last new
+    token's and the drafts'."""
     sequence, count = item.sequence, item.num_new_tokens
     rows: list[int] = []
     if sequence.request.params.prompt_logprobs is not None:
         rows = list(range(min(count, sequence.num_prompt - 1 - item.start)))
-    if item.samples and (not rows or rows[-1] != count - 1):
-        rows.append(count - 1)
+    if item.samples:
+        rows += range(count - 1, item.num_tokens)
     return rows
+
+
+def _choices(item: ScheduledSequence) -> list[Choice]:
+    """What its last rows of logits are for."""
+    if not item.samples:
+        return []
+    return [Choice(item.sequence, item.drafts[:count]) for count in range(len(item.drafts) + 1)]
+
+
+def _result(
+    item: ScheduledSequence,
+    tokens: list[int],
+    logprobs: list[TokenLogprob | None],
+    prompt_logprobs: tuple[TokenLogprob | None, ...],
+) -> StepResult:
+    """`tokens`: chosen after each leading part of the drafts. Those that follow a wrong draft are void."""
+    count = num_accepted(item.drafts, tokens) + 1 if tokens else 0
+    entries = tuple([entry for entry in logprobs[:count] if entry is not None])
+    return StepResult(tuple(tokens[:count]), entries, prompt_logprobs)
 
 
 def _prompt_logprobs(logits_rv: Tensor, item: ScheduledSequence) -> tuple[TokenLogprob | None, ...]:

@@ -1,7 +1,7 @@
 """From logits to tokens: penalties, bans, the draw, log-probabilities.
 
-A row's token depends on its logits, its request and its position in the answer alone, never on what
-else is in the batch or on how often the sequence was preempted.
+A row's token depends on its logits, its request and what comes before it in the answer alone, never
+on what else is in the batch, on how often the sequence was preempted, or on which tokens were drafts.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import os
 import weakref
 from collections.abc import Sequence as Rows
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,34 +22,45 @@ from turbolm.types import SamplingParams, Sequence, TokenLogprob
 _TWO_53 = float(1 << 53)
 
 
+class Choice(NamedTuple):
+    """A token to choose: the one after the sequence's tokens and these drafts."""
+
+    sequence: Sequence
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def num_output(self) -> int:
+        """How long the answer is without the token."""
+        return self.sequence.num_output + len(self.drafts)
+
+
 class Sampler:
-    """Chooses the next token of each sequence. Keeps what penalties need per sequence, and forgets it
+    """Chooses a token per row of logits. Keeps what penalties need per sequence, and forgets it
     with the sequence."""
 
     def __init__(self) -> None:
         self._salt = os.urandom(16)  # makes requests without a seed differ between runs
         self._histories: weakref.WeakKeyDictionary[Sequence, _History] = weakref.WeakKeyDictionary()
 
-    def sample(self, logits_rv: Tensor, sequences: Rows[Sequence]) -> tuple[list[int], list[TokenLogprob | None]]:
-        """The next token of each row's sequence, and its log-probabilities where asked for.
-        May change `logits_rv` (float32)."""
+    def sample(self, logits_rv: Tensor, choices: Rows[Choice]) -> tuple[list[int], list[TokenLogprob | None]]:
+        """Each row's token, and its log-probabilities where asked for. May change `logits_rv` (float32)."""
         wanted = {
             row: logits_rv[row].clone()  # before adjustments
-            for row, sequence in enumerate(sequences)
-            if sequence.request.params.logprobs is not None
+            for row, choice in enumerate(choices)
+            if choice.sequence.request.params.logprobs is not None
         }
-        for row, sequence in enumerate(sequences):
-            if _has_adjustments(sequence):
-                self._adjust(logits_rv[row], sequence)
-        tokens = self._draw(logits_rv, sequences)
+        for row, choice in enumerate(choices):
+            if _has_adjustments(choice):
+                self._adjust(logits_rv[row], choice)
+        tokens = self._draw(logits_rv, choices)
         logprobs: list[TokenLogprob | None] = [None] * len(tokens)
         for row, logits_v in wanted.items():
-            num_top = sequences[row].request.params.logprobs or 0
+            num_top = choices[row].sequence.request.params.logprobs or 0
             logprobs[row] = token_logprobs(logits_v[None], [tokens[row]], num_top)[0]
         return tokens, logprobs
 
-    def _draw(self, logits_rv: Tensor, sequences: Rows[Sequence]) -> list[int]:
-        params = [sequence.request.params for sequence in sequences]
+    def _draw(self, logits_rv: Tensor, choices: Rows[Choice]) -> list[int]:
+        params = [choice.sequence.request.params for choice in choices]
         if all(p.is_greedy for p in params):
             return [int(token) for token in logits_rv.argmax(-1).tolist()]
         device = logits_rv.device
@@ -56,7 +68,7 @@ class Sampler:
         def column(name: str, dtype: torch.dtype) -> Tensor:
             return torch.tensor([getattr(p, name) for p in params], dtype=dtype, device=device)
 
-        uniform = torch.tensor([self._uniform(s) for s in sequences], dtype=torch.float64, device=device)
+        uniform = torch.tensor([self._uniform(choice) for choice in choices], dtype=torch.float64, device=device)
         tokens = sample(
             logits_rv,
             column("temperature", torch.float32),
@@ -67,27 +79,29 @@ class Sampler:
         )
         return [int(token) for token in tokens.tolist()]
 
-    def _uniform(self, sequence: Sequence) -> float:
+    def _uniform(self, choice: Choice) -> float:
         """A number in [0, 1) that is a function of the request's seed, its index and the position in
         the answer."""
-        request, seed = sequence.request, sequence.request.params.seed
+        request = choice.sequence.request
+        seed = request.params.seed
         key = self._salt + request.id.encode() if seed is None else str(seed).encode()
-        digest = hashlib.blake2b(b"%b/%d/%d" % (key, request.index, sequence.num_output), digest_size=8).digest()
+        digest = hashlib.blake2b(b"%b/%d/%d" % (key, request.index, choice.num_output), digest_size=8).digest()
         return (int.from_bytes(digest, "little") >> 11) / _TWO_53
 
-    def _adjust(self, logits_v: Tensor, sequence: Sequence) -> None:
+    def _adjust(self, logits_v: Tensor, choice: Choice) -> None:
         """Penalties, biases and bans, in place on one row."""
+        sequence = choice.sequence
         params, request = sequence.request.params, sequence.request
         if _has_penalties(params):
             if sequence not in self._histories:
                 self._histories[sequence] = _History(sequence.num_prompt)
             self._histories[sequence].update(sequence.token_ids)
-            self._histories[sequence].penalize(logits_v, params)
+            self._histories[sequence].penalize(logits_v, params, choice.drafts)
         if params.logit_bias:
             ids = torch.tensor(list(params.logit_bias), device=logits_v.device)
             logits_v[ids] += torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=logits_v.device)
-        banned = _banned_words(request.bad_words_ids, sequence)
-        if sequence.num_output < params.min_tokens:
+        banned = _banned_words(request.bad_words_ids, choice)
+        if choice.num_output < params.min_tokens:
             banned += [*params.stop_token_ids, *(() if params.ignore_eos else request.eos_token_ids)]
         if banned:
             logits_v[torch.tensor(banned, device=logits_v.device)] = float("-inf")
@@ -107,10 +121,16 @@ class _History:
             self._counts[token] = self._counts.get(token, 0) + (position >= self._num_prompt)
         self._num_seen = len(token_ids)
 
-    def penalize(self, logits_v: Tensor, params: SamplingParams) -> None:
-        size = len(self._counts)
-        ids = torch.from_numpy(np.fromiter(self._counts.keys(), np.int64, size)).to(logits_v.device)
-        counts = torch.from_numpy(np.fromiter(self._counts.values(), np.float32, size)).to(logits_v.device)
+    def penalize(self, logits_v: Tensor, params: SamplingParams, drafts: tuple[int, ...]) -> None:
+        """`drafts`: tokens that follow, but may be wrong."""
+        counted = self._counts
+        if drafts:
+            counted = dict(counted)
+            for token in drafts:
+                counted[token] = counted.get(token, 0) + 1
+        size = len(counted)
+        ids = torch.from_numpy(np.fromiter(counted.keys(), np.int64, size)).to(logits_v.device)
+        counts = torch.from_numpy(np.fromiter(counted.values(), np.float32, size)).to(logits_v.device)
         values = logits_v[ids]
         if params.repetition_penalty != 1.0:
             factor = params.repetition_penalty
@@ -137,17 +157,23 @@ def _has_penalties(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
 
 
-def _has_adjustments(sequence: Sequence) -> bool:
-    params = sequence.request.params
-    bans = sequence.num_output < params.min_tokens or sequence.request.bad_words_ids
+def _has_adjustments(choice: Choice) -> bool:
+    request = choice.sequence.request
+    params = request.params
+    bans = choice.num_output < params.min_tokens or request.bad_words_ids
     return bool(params.logit_bias or bans) or _has_penalties(params)
 
 
-def _banned_words(words: tuple[tuple[int, ...], ...], sequence: Sequence) -> list[int]:
+def _banned_words(words: tuple[tuple[int, ...], ...], choice: Choice) -> list[int]:
     """Last tokens of bad words whose other tokens end the answer so far."""
+    if not words:
+        return []
+    longest = max(map(len, words))
+    answer = choice.sequence.token_ids[choice.sequence.num_prompt :][-longest:]
+    answer += choice.drafts
     banned = []
     for word in words:
-        start = len(sequence.token_ids) - (len(word) - 1)
-        if start >= sequence.num_prompt and tuple(sequence.token_ids[start:]) == word[:-1]:
+        start = len(answer) - (len(word) - 1)
+        if start >= 0 and tuple(answer[start:]) == word[:-1]:
             banned.append(word[-1])
     return banned

@@ -20,6 +20,8 @@ Policy
 - A waiting request preempts running ones of a higher priority number when it then fits.
 - A prompt whose next block is being computed by another sequence right now waits for that step and
   then shares the block.
+- Decodes carry drafts (speculative.py), if there is a drafter, as far as a step and the pool have
+  room left over: nothing else waits or is preempted for them.
 
 `next_batch` may be called again before `update`: it then schedules what doesn't depend on the
 results still due. Steps must be run and updated in the order they were made. A sequence that is in
@@ -32,13 +34,14 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from operator import attrgetter
 from typing import NamedTuple
 
 from turbolm.cache.block_pool import BlockPool
 from turbolm.cache.prefix_cache import match
-from turbolm.engine.job import Draft, Job
+from turbolm.engine.job import Job, OpenStep
+from turbolm.engine.speculative import MAX_DRAFTS, MAX_ROWS, Drafter
 from turbolm.engine.step import ScheduledSequence, SchedulerStats, Step, StepResult
 from turbolm.errors import CapacityError, ConfigError, ContextOverflowError, EngineError, RequestError, TurbolmError
 from turbolm.types import FinishReason, Output, Request, Sequence, SequenceState, TokenLogprob, Usage
@@ -66,10 +69,12 @@ class Scheduler:
         max_waiting: int,
         prefix_cache: bool = True,
         max_logit_rows: int | None = None,
+        drafter: Callable[[list[int]], Drafter] | None = None,
     ) -> None:
         """`max_batch_size` sequences run at once; a step has at most `max_batch_tokens` tokens, and wants
         logits for at most `max_logit_rows` of them (None: no limit); prompt plus answer have at most
-        `max_context`; at most `max_waiting` requests wait."""
+        `max_context`; at most `max_waiting` requests wait. `drafter` makes, of a sequence's token ids,
+        what guesses how it goes on (None: no drafts)."""
         max_logit_rows = max_batch_tokens if max_logit_rows is None else max_logit_rows
         for name, value in (
             ("num_blocks", num_blocks),
@@ -93,6 +98,7 @@ class Scheduler:
         self.max_context = max_context
         self.max_waiting = max_waiting
         self.prefix_cache = prefix_cache
+        self._drafter = drafter
         self._pool = BlockPool(num_blocks)
         self._jobs: dict[tuple[str, int], Job] = {}  # all that are alive, by (request id, index)
         self._waiting: list[Job] = []  # in order, as is
@@ -104,6 +110,8 @@ class Scheduler:
         self._num_preemptions = 0
         self._num_prompt_tokens = 0
         self._num_prefix_hit_tokens = 0
+        self._num_draft_tokens = 0
+        self._num_accepted_tokens = 0
 
     # Requests come and go
 
@@ -119,7 +127,8 @@ class Scheduler:
                 f"{len(self._waiting)} requests are waiting, and max_waiting is {self.max_waiting}: try again later"
             )
         sequence = Sequence(request)
-        job = Job(sequence, self._num_added, self.max_context, self.block_size)
+        drafter = None if self._drafter is None else self._drafter(sequence.token_ids)
+        job = Job(sequence, self._num_added, self.max_context, self.block_size, drafter)
         if sequence.num_prompt + (request.params.max_tokens != 0) > self.max_context:
             raise ContextOverflowError(
                 f"the prompt has {sequence.num_prompt} tokens and the context {self.max_context}, which leaves no room "
@@ -187,6 +196,8 @@ class Scheduler:
             num_preemptions=self._num_preemptions,
             num_prompt_tokens=self._num_prompt_tokens,
             num_prefix_hit_tokens=self._num_prefix_hit_tokens,
+            num_draft_tokens=self._num_draft_tokens,
+            num_accepted_tokens=self._num_accepted_tokens,
             num_blocks=self._pool.num_blocks,
             num_used_blocks=self._pool.num_owned,
             num_idle_blocks=self._pool.num_idle,
@@ -197,9 +208,10 @@ class Scheduler:
     def next_batch(self) -> Step | None:
         """What to compute next; None if there is nothing to do before another `update` or `add`."""
         self._make_way()
-        draft = self._continue_running()
-        self._admit(draft)
-        finished = draft.finish()
+        open_step = self._continue_running()
+        self._admit(open_step)
+        self._speculate(open_step)
+        finished = open_step.finish()
         if finished is None:
             return None
         step, jobs = finished
@@ -207,13 +219,13 @@ class Scheduler:
         self._num_steps += 1
         return step
 
-    def _continue_running(self) -> Draft:
+    def _continue_running(self) -> OpenStep:
         """Schedules running sequences, and waiting ones that have priority over running prompts."""
         num_decodes = 0
         for job in self._running:
             if len(job.sequence.token_ids) - job.num_scheduled == 1:
                 num_decodes += 1
-        draft = Draft(self.max_batch_tokens - num_decodes, self.max_logit_rows - num_decodes)
+        open_step = OpenStep(self.max_batch_tokens - num_decodes, self.max_logit_rows - num_decodes)
         for job in tuple(self._running):
             sequence = job.sequence
             if not sequence.blocks:
@@ -221,15 +233,15 @@ class Scheduler:
             num_left = len(sequence.token_ids) - job.num_scheduled
             if num_left == 1:
                 if job.num_scheduled < len(sequence.blocks) * self.block_size or self._grow(job, 1):
-                    draft.decodes.append((self._schedule(job, 1), job))
+                    open_step.decodes.append((self._schedule(job, 1), job))
             elif num_left:
-                self._admit(draft, before=job.priority)
-                num_new = draft.room(job)
+                self._admit(open_step, before=job.priority)
+                num_new = open_step.room(job)
                 if num_new > 0 and self._grow(job, num_new):
-                    draft.add_prompt(self._schedule(job, num_new), job)
-        return draft
+                    open_step.add_prompt(self._schedule(job, num_new), job)
+        return open_step
 
-    def _admit(self, draft: Draft, before: float = math.inf) -> None:
+    def _admit(self, open_step: OpenStep, before: float = math.inf) -> None:
         """Starts waiting sequences of priorities below `before`, as far as tokens, places and blocks allow."""
         deferred: list[Job] = []
         num_seen = 0
@@ -237,7 +249,7 @@ class Scheduler:
         for job in self._waiting:
             if job.priority >= before or len(self._running) + len(deferred) >= self.max_batch_size:
                 break
-            if draft.num_tokens < 1 or draft.num_logit_rows < 1:
+            if open_step.num_tokens < 1 or open_step.num_logit_rows < 1:
                 break
             hits = self._match(job)
             if self._awaits_block(job, len(hits)):
@@ -250,12 +262,43 @@ class Scheduler:
                 break
             num_seen += 1
             self._start(job, hits)
-            num_new = draft.room(job)
+            num_new = open_step.room(job)
             self._grow(job, num_new)
-            draft.add_prompt(self._schedule(job, num_new), job)
+            open_step.add_prompt(self._schedule(job, num_new), job)
             reserve += job.num_wanted
         if num_seen:
             self._waiting[:num_seen] = deferred
+
+    def _speculate(self, open_step: OpenStep) -> None:
+        """Adds drafts to the decodes, from what is left over."""
+        decodes = open_step.decodes
+        room = min(MAX_ROWS - len(decodes), open_step.num_tokens, open_step.num_logit_rows)
+        if self._drafter is None or room < 1:
+            return
+        for index, (item, job) in enumerate(decodes):
+            share = -(-room // (len(decodes) - index))
+            limit = min(share, MAX_DRAFTS, job.num_draftable)
+            if job.drafter is None or limit < 1:
+                continue
+            drafts = job.drafter.propose(limit, len(decodes))
+            drafts = drafts[: self._spare_slots(job, len(drafts))]
+            if drafts:
+                decodes[index] = (item._replace(drafts=drafts), job)
+                room -= len(drafts)
+                self._num_draft_tokens += len(drafts)
+
+    def _spare_slots(self, job: Job, wanted: int) -> int:
+        """Slots for up to so many drafts: in the job's last block, and in new ones that nobody waits
+        for or will lack."""
+        blocks = job.sequence.blocks
+        num_spare = len(blocks) * self.block_size - job.num_scheduled
+        num_missing = -(-(wanted - num_spare) // self.block_size)
+        if num_missing > 0 and not self._waiting:
+            num_missing = min(num_missing, self._pool.num_available - self._reserve() + job.num_wanted)
+            if num_missing > 0:
+                blocks.extend(self._pool.allocate(num_missing))
+                num_spare += num_missing * self.block_size
+        return min(wanted, num_spare)
 
     def _make_way(self) -> None:
         """Preempts running sequences for the first waiting one, if it has priority over them and fits then."""
@@ -360,21 +403,13 @@ class Scheduler:
         if len(results) != len(step.items):
             raise EngineError(f"a step of {len(step.items)} sequences yielded {len(results)} results")
         for item, result in zip(step.items, results, strict=True):
-            if item.samples != bool(result.token_ids):
-                raise EngineError(f"{item.sequence}: {len(result.token_ids)} tokens for samples={item.samples}")
-        size = self.block_size
+            item.check(result.token_ids)
         outputs = []
         for job, item, result in zip(self._close_step(step), step.items, results, strict=True):
             job.num_in_flight -= 1
-            sequence = job.sequence
-            if sequence.finish_reason is not None:  # ended while this step ran
+            if job.sequence.finish_reason is not None:  # ended while this step ran
                 self._release_if_over(job)
                 continue
-            num_full = sequence.num_computed // size
-            sequence.num_computed += item.num_new_tokens
-            if self.prefix_cache and sequence.num_computed >= (num_full + 1) * size:
-                for index in range(num_full, sequence.num_computed // size):
-                    self._pool.publish(sequence.blocks[index], job.keys[index])
             output = self._extend(job, item, result)
             if output is not None:
                 outputs.append(output)
@@ -394,28 +429,18 @@ class Scheduler:
         return flight.jobs
 
     def _extend(self, job: Job, item: ScheduledSequence, result: StepResult) -> Output | None:
-        """Appends the sampled tokens as far as the answer goes."""
+        """Appends the sampled tokens as far as the answer goes, and notes what is computed."""
         sequence = job.sequence
-        token_ids = sequence.token_ids
-        reason: FinishReason | None = None
-        stop: int | None = None
-        num_taken = 0
-        for token in result.token_ids:
-            token_ids.append(token)
-            num_taken += 1
-            if token in job.stops and len(token_ids) > job.min_length:
-                reason, stop = "stop", token
-                break
-            if len(token_ids) >= job.max_length:
-                reason = "length"
-                break
-        if not job.has_answer and sequence.num_computed == sequence.num_prompt:
+        num_taken, reason, stop = job.append(result.token_ids)
+        num_computed = sequence.num_computed + item.num_new_tokens
+        if item.drafts:
+            num_accepted = len(result.token_ids) - 1
+            self._num_accepted_tokens += num_accepted
+            num_computed = job.num_scheduled = min(num_computed + num_accepted, len(sequence.token_ids))
+        self._advance(job, num_computed)
+        if not job.has_answer and num_computed == sequence.num_prompt:
             reason = "length"
-        prompt_logprobs = result.prompt_logprobs
-        if prompt_logprobs:  # less those handed out before a preemption
-            first = item.start + 1 if item.start else 0
-            prompt_logprobs = prompt_logprobs[max(0, job.num_prompt_logprobs - first) :]
-            job.num_prompt_logprobs += len(prompt_logprobs)
+        prompt_logprobs = result.prompt_logprobs and job.new_prompt_logprobs(item.start, result.prompt_logprobs)
         if reason is None:
             if not num_taken and not prompt_logprobs:
                 return None
@@ -424,6 +449,15 @@ class Scheduler:
         sequence.stop = stop
         num_shown = num_taken - (stop is not None and not sequence.request.params.include_stop)
         return self._end(job, reason, stop, result.token_ids[:num_shown], result.logprobs[:num_shown], prompt_logprobs)
+
+    def _advance(self, job: Job, num_computed: int) -> None:
+        """The K/V of so many leading tokens are there; blocks that they fill may be shared from now on."""
+        sequence, size = job.sequence, self.block_size
+        num_full = sequence.num_computed // size
+        sequence.num_computed = num_computed
+        if self.prefix_cache and num_computed >= (num_full + 1) * size:
+            for index in range(num_full, num_computed // size):
+                self._pool.publish(sequence.blocks[index], job.keys[index])
 
     def _end(
         self,

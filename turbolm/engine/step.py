@@ -5,23 +5,37 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from turbolm.errors import EngineError
 from turbolm.types import Sequence, TokenLogprob
 
 
 class ScheduledSequence(NamedTuple):
     """One sequence's part in a step: its tokens [start, start + num_new_tokens) are computed, reading
-    the K/V of those before. Their blocks are in `sequence.blocks`."""
+    the K/V of those before, and after them its drafts. Their blocks are in `sequence.blocks`."""
 
     sequence: Sequence
     start: int  # equals sequence.num_computed once all earlier steps are updated
     num_new_tokens: int
     samples: bool  # the last known token is among them, so the next one is sampled
+    drafts: tuple[int, ...] = ()  # guesses of the tokens that follow the last known one, to be verified
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to compute: the new ones and the drafts."""
+        return self.num_new_tokens + len(self.drafts)
+
+    def check(self, token_ids: tuple[int, ...]) -> None:
+        """Raises EngineError unless these may be its result's tokens."""
+        if self.samples != bool(token_ids):
+            raise EngineError(f"{self.sequence}: {len(token_ids)} tokens for samples={self.samples}")
+        if len(token_ids) > 1 and token_ids[:-1] != self.drafts[: len(token_ids) - 1]:
+            raise EngineError(f"{self.sequence}: tokens {token_ids} don't follow from the drafts {self.drafts}")
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one step computes: decodes (one token, sampled) first, then prompt chunks, each in order
-    of priority and arrival."""
+    """What one step computes: decodes (one token, sampled, and drafts) first, then prompt chunks, each
+    in order of priority and arrival."""
 
     items: tuple[ScheduledSequence, ...]
     num_tokens: int
@@ -31,10 +45,8 @@ class StepResult(NamedTuple):
     """What a step yielded for one of its items."""
 
     token_ids: tuple[int, ...] = ()
-    """The tokens that follow: one or more if the item samples, else none. Of several (speculative
-    decoding), the K/V of all but the last known token's counts as not computed: the next step computes
-    the surplus as a chunk. To keep K/V of accepted drafts, items would have to carry the number of
-    draft tokens, take blocks and budget for them, and report how many were accepted."""
+    """Where the item samples: the leading drafts that were right, and the token that follows them.
+    The K/V of the former count as computed; what wrong drafts left in their slots is overwritten later."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """One per token in `token_ids`, where the request asks for them."""
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
@@ -50,6 +62,8 @@ class SchedulerStats:
     num_preemptions: int
     num_prompt_tokens: int  # of requests admitted so far
     num_prefix_hit_tokens: int  # those of them whose K/V were found in the prefix cache
+    num_draft_tokens: int  # computed to be verified (speculative decoding)
+    num_accepted_tokens: int  # those of them that were right
     num_blocks: int
     num_used_blocks: int  # held by requests
     num_idle_blocks: int  # kept by the prefix cache alone; given away when needed

@@ -1,7 +1,7 @@
 // y = x · Wᵀ + bias with packed weights (pack.h) and float activations.
 //
 // Quantized weights are multiplied with activations rounded to 8 bits: every 32 values of a row of
-// x share one float scale (largest magnitude / 127). Products are summed exactly in int32 within a
+// x share one float scale (largest magnitude · 1/127). Products are summed exactly in int32 within a
 // block, and blocks are summed in float32 in the order of k. That order depends on nothing else:
 // a row of y is bitwise the same whatever the other rows, the number of rows and of threads, and
 // the instruction set (but for the portable kernels on processors without fused multiply-add).
@@ -57,6 +57,7 @@ void embedding(const LinearPart& table, int64_t k, const int32_t* ids, int64_t c
 
 constexpr int tile_rows = 16;  // activations are laid out in tiles of so many rows; the last has the rest
 constexpr float smallest_maximum = 1e-30f;  // a block of x below this counts as zero
+constexpr float inverse_127 = 1.0f / 127.0f;
 
 // A range of groups times a range of tiles.
 struct MatmulWork {

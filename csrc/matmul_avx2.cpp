@@ -115,7 +115,7 @@ struct Vector {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(words, order));
         *low = sum_of(_mm256_add_epi32(q[0], q[1]));
         *high = sum_of(_mm256_add_epi32(q[2], q[3]));
-        return maximum / 127.0f;
+        return maximum * inverse_127;
     }
 };
 

@@ -139,11 +139,14 @@ struct Vector {
         const __m512 inverse = _mm512_set1_ps(127.0f / maximum);
         const __m512i qa = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
         const __m512i qb = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtsepi32_epi8(qa));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16), _mm512_cvtsepi32_epi8(qb));
-        *low = _mm512_reduce_add_epi32(qa);
-        *high = _mm512_reduce_add_epi32(qb);
-        return maximum / 127.0f;
+        const __m256i bytes = _mm256_set_m128i(_mm512_cvtsepi32_epi8(qb), _mm512_cvtsepi32_epi8(qa));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bytes);
+        // Sums of 8 bytes each, made unsigned by adding 128.
+        const __m256i sums = _mm256_sad_epu8(_mm256_xor_si256(bytes, _mm256_set1_epi8(-128)), _mm256_setzero_si256());
+        const __m256i pairs = _mm256_add_epi32(sums, _mm256_shuffle_epi32(sums, 0x4e));
+        *low = _mm256_extract_epi32(pairs, 0) - 16 * 128;
+        *high = _mm256_extract_epi32(pairs, 4) - 16 * 128;
+        return maximum * inverse_127;
     }
 };
 

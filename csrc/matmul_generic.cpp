@@ -130,7 +130,7 @@ struct Vector {
             to[i] = static_cast<int8_t>(word);
             (i < 16 ? *low : *high) += to[i];
         }
-        return maximum / 127.0f;
+        return maximum * inverse_127;
     }
 };
 

@@ -89,9 +89,13 @@ template <class Format, int R>
 TURBOLM_INLINE void add_rows(const Panel& panel, int blocks, const uint8_t* x, TileRows& rows,
                              Float (*sums)[panel_groups]) {
     for (; rows.stride - rows.first >= R; rows.first += R) {
+        const uint8_t* at = x;
         for (int block = 0; block < blocks; ++block) {
-            add_block<Format, R>(panel.weights[block], x + block * quantized_block_bytes * rows.stride, rows,
-                                 sums + rows.first);
+            const uint8_t* next = at + quantized_block_bytes * rows.stride;
+            for (int64_t line = 0; line < 32 * R; line += 64) Vector::prefetch(next + 32 * rows.first + line);
+            for (int64_t line = 0; line < 256; line += 64) Vector::prefetch(next + 32 * rows.stride + line);
+            add_block<Format, R>(panel.weights[block], at, rows, sums + rows.first);
+            at = next;
         }
     }
 }

@@ -14,6 +14,7 @@ from turbolm.errors import CapacityError, ConfigError, nearest
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Kernels = Literal["auto", "native", "reference"]
+Speculation = Literal["auto", "off"]
 
 DEFAULT_MODEL = "smollm2-135m"
 GIB = 1 << 30
@@ -47,12 +48,16 @@ class EngineConfig:
     within a part of the free memory."""
     prefix_cache: bool = True
     """Keep the KV blocks of finished requests for prompts that begin the same way."""
+    speculation: Speculation = "auto"
+    """"auto" computes several tokens of an answer at once where it repeats earlier text and few requests
+    run; the answers stay the same."""
 
     def __post_init__(self) -> None:
         for name, allowed in (
             ("device", ("auto", "cpu", "cuda")),
             ("dtype", ("auto", "float32", "bfloat16", "float16")),
             ("kernels", ("auto", "native", "reference")),
+            ("speculation", ("auto", "off")),
         ):
             value = getattr(self, name)
             if value not in allowed:
@@ -145,6 +150,7 @@ class ResolvedConfig:
     block_size: int
     num_blocks: int
     prefix_cache: bool
+    speculation: bool
     reasons: tuple[str, ...] = field(default=())
 
     @property
@@ -258,8 +264,19 @@ def resolve(config: EngineConfig, model: ModelNeeds, hardware: Hardware) -> Reso
         block_size=config.block_size,
         num_blocks=pool_tokens // config.block_size,
         prefix_cache=config.prefix_cache,
+        speculation=_speculation(config, on_cpu, reasons),
         reasons=tuple(reasons),
     )
+
+
+def _speculation(config: EngineConfig, on_cpu: bool, reasons: list[str]) -> bool:
+    if config.speculation == "off":
+        return False
+    if not on_cpu:
+        reasons.append("speculation off: there is none on a GPU yet")
+        return False
+    reasons.append("speculation by prompt lookup: text that repeats is computed several tokens at a time")
+    return True
 
 
 def _pool_tokens(

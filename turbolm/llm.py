@@ -27,6 +27,8 @@ from turbolm.types import Completion, Output, Request, SamplingParams, Score
 
 T = TypeVar("T")
 Message = Mapping[str, Any]
+#: One text, one list of token ids, or several of either.
+Texts = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
 
 
 class _Route:
@@ -296,14 +298,11 @@ class LLM:
     def default_params(self) -> SamplingParams:
         return self._llm.default_params
 
-    def generate(
-        self, prompts: str | Sequence[str] | Sequence[Sequence[int]], params: SamplingParams | None = None
-    ) -> list[Completion]:
-        """Continue each prompt (a text, or token ids); results in the order of the prompts. A bad
+    def generate(self, prompts: Texts, params: SamplingParams | None = None) -> list[Completion]:
+        """Continue one prompt (a text, or token ids) or each of several; results in the order of the prompts. A bad
         request raises before anything runs; one that fails later has an output with `error`, and
         doesn't touch the others."""
-        given: Sequence[Any] = [prompts] if isinstance(prompts, str) else prompts
-        return self._complete([self._llm._plain(prompt) for prompt in given], params)
+        return self._complete([self._llm._plain(prompt) for prompt in _listed(prompts)], params)
 
     def chat(
         self,
@@ -351,9 +350,10 @@ class LLM:
         finally:
             future.cancel()
 
-    def score(self, texts: str | Sequence[str] | Sequence[Sequence[int]], *, window: int | None = None) -> list[Score]:
-        """The log-likelihood and perplexity of each text, as `AsyncLLM.score`."""
-        given: list[Any] = [texts] if isinstance(texts, str) else list(texts)
+    def score(self, texts: Texts, *, window: int | None = None) -> list[Score]:
+        """The log-likelihood and perplexity of one text (or token ids) or of each of several, as
+        `AsyncLLM.score`."""
+        given = _listed(texts)
 
         self._check_open()
         with _count_bar("scoring", len(given), self._show) as advance:
@@ -415,6 +415,12 @@ class LLM:
         except BaseException:
             future.cancel()
             raise
+
+
+def _listed(given: Texts) -> list[Any]:
+    """One text, or one list of token ids, as a list of one."""
+    is_one = isinstance(given, str) or (len(given) > 0 and isinstance(given[0], int))
+    return [given] if is_one else list(given)
 
 
 Advance = Callable[[int], None]

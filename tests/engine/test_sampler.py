@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turbolm.engine.sampler import Sampler
+from turbolm.engine.sampler import Choice, Sampler
 from turbolm.ops.sampling import sample
 from turbolm.types import Request, SamplingParams, Sequence
 
@@ -27,15 +27,15 @@ def sequence(
 
 
 def draw(params: SamplingParams, **options: object) -> int:
-    tokens, _ = Sampler().sample(LOGITS.clone()[None], [sequence(params, **options)])
+    tokens, _ = Sampler().sample(LOGITS.clone()[None], [Choice(sequence(params, **options))])
     return tokens[0]
 
 
 def frequencies(count: int = N, **params: object) -> list[float]:
     """How often each token is drawn."""
     options = SamplingParams(**params)
-    sequences = [sequence(options, id=f"r{i}") for i in range(count)]
-    tokens, _ = Sampler().sample(LOGITS.repeat(count, 1), sequences)
+    choices = [Choice(sequence(options, id=f"r{i}")) for i in range(count)]
+    tokens, _ = Sampler().sample(LOGITS.repeat(count, 1), choices)
     counts = collections.Counter(tokens)
     return [counts[i] / count for i in range(len(LOGITS))]
 
@@ -116,7 +116,7 @@ def adjusted(
 ) -> torch.Tensor:
     """The logits after penalties, biases and bans."""
     logits = LOGITS.clone()[None]
-    Sampler().sample(logits, [sequence(params, prompt, answer, **options)])
+    Sampler().sample(logits, [Choice(sequence(params, prompt, answer, **options))])
     return logits[0]
 
 
@@ -139,7 +139,7 @@ def test_penalties_follow_the_answer_as_it_grows() -> None:
     sampler, params = Sampler(), SamplingParams(frequency_penalty=1.0, temperature=0)
     growing = sequence(params)
     for expected in (0, 1, 0, 2, 1):  # each takes a point from its own token
-        tokens, _ = sampler.sample(LOGITS.clone()[None], [growing])
+        tokens, _ = sampler.sample(LOGITS.clone()[None], [Choice(growing)])
         growing.token_ids.append(tokens[0])
         assert tokens == [expected]
 
@@ -170,7 +170,7 @@ def test_bad_words_never_complete() -> None:
 def test_seeds_decide_the_draw_and_positions_differ() -> None:
     def answers(seed: int | None, sampler: Sampler) -> list[int]:
         params = SamplingParams(seed=seed)
-        rows = [sequence(params, answer=(1,) * n) for n in range(40)]
+        rows = [Choice(sequence(params, answer=(1,) * n)) for n in range(40)]
         return sampler.sample(LOGITS.repeat(40, 1), rows)[0]
 
     one, other = Sampler(), Sampler()
@@ -182,7 +182,7 @@ def test_seeds_decide_the_draw_and_positions_differ() -> None:
 
 def test_logprobs_are_of_the_models_own_distribution() -> None:
     params = SamplingParams(temperature=0, logprobs=2, logit_bias={3: 50.0})
-    tokens, logprobs = Sampler().sample(LOGITS.clone()[None], [sequence(params)])
+    tokens, logprobs = Sampler().sample(LOGITS.clone()[None], [Choice(sequence(params))])
     expected = torch.log_softmax(LOGITS, -1)
     entry = logprobs[0]
     assert entry is not None
@@ -191,3 +191,31 @@ def test_logprobs_are_of_the_models_own_distribution() -> None:
     assert entry.logprob == pytest.approx(float(expected[3]))
     assert [token for token, _ in entry.top] == [0, 1]
     assert entry.top[0][1] == pytest.approx(float(expected[0]))
+
+
+@pytest.mark.parametrize(
+    ("params", "options"),
+    [
+        ({"seed": 3}, {}),
+        ({"repetition_penalty": 1.7, "presence_penalty": 0.4, "frequency_penalty": 0.3, "temperature": 0}, {}),
+        ({"temperature": 0}, {"bad_words_ids": ((1, 0), (2, 1, 0), (0, 2, 1, 0), (3,))}),
+        ({"temperature": 0, "min_tokens": 4, "stop_token_ids": (0,)}, {"eos_token_ids": (1,)}),
+    ],
+)
+def test_a_choice_after_drafts_is_that_after_the_same_tokens(params: dict, options: dict) -> None:
+    """Whether a token before is a draft must not matter."""
+    tokens, base = (0, 2, 1, 1, 0), SamplingParams(**params)
+    known = [Choice(sequence(base, (5, 1), tokens[:n], **options)) for n in range(len(tokens) + 1)]
+    drafted = [Choice(sequence(base, (5, 1), (), **options), tokens[:n]) for n in range(len(tokens) + 1)]
+    expected, found = LOGITS.repeat(len(known), 1), LOGITS.repeat(len(known), 1)
+    sampler = Sampler()
+    assert sampler.sample(expected, known) == sampler.sample(found, drafted)
+    assert torch.equal(expected, found)
+    assert options or "seed" in params or not torch.equal(found, LOGITS.expand_as(found))
+    one = Choice(
+        sequence(base, (5, 1), tokens[:2], **options), tokens[2:4]
+    )  # and what was learned of them is forgotten
+    for choice, row in ((one, 4), (one._replace(drafts=()), 2), (one, 4)):
+        logits = LOGITS.clone()[None]
+        sampler.sample(logits, [choice])
+        assert torch.equal(logits[0], expected[row])

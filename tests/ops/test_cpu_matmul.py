@@ -65,7 +65,7 @@ def quantize(x_tk: Tensor) -> tuple[Tensor, Tensor]:
     """What the kernels make of x → (values float64 [t, k], scale of each value)."""
     blocks = x_tk.view(x_tk.shape[0], -1, 32)
     largest = blocks.abs().amax(2, keepdim=True)
-    scale = largest / 127
+    scale = largest * (torch.tensor(1.0) / 127)
     inverse = torch.where(largest > 0, torch.div(torch.tensor(127.0), largest), torch.tensor(0.0))
     rounded = torch.round(blocks * inverse).double() * scale.double()
     return rounded.view(x_tk.shape).double(), scale.double().expand(blocks.shape).reshape(x_tk.shape)

@@ -11,6 +11,7 @@ from turbolm.config import ModelNeeds, ResolvedConfig
 from turbolm.engine.graph import record
 from turbolm.engine.runner import Runner
 from turbolm.engine.scheduler import Scheduler
+from turbolm.engine.speculative import PromptLookup
 from turbolm.models.checkpoint import Checkpoint
 from turbolm.models.decoder import cache_spec, load_decoder
 from turbolm.models.loader import Loader, Progress
@@ -76,4 +77,5 @@ def _scheduler(config: ResolvedConfig) -> Scheduler:
         max_context=config.max_context,
         max_waiting=config.max_waiting,
         prefix_cache=config.prefix_cache,
+        drafter=PromptLookup if config.speculation else None,
     )

@@ -168,8 +168,8 @@ def _banned_words(words: tuple[tuple[int, ...], ...], choice: Choice) -> list[in
     """Last tokens of bad words whose other tokens end the answer so far."""
     if not words:
         return []
-    longest = max(map(len, words))
-    answer = choice.sequence.token_ids[choice.sequence.num_prompt :][-longest:]
+    known = choice.sequence.token_ids
+    answer = known[max(choice.sequence.num_prompt, len(known) - max(map(len, words))) :]
     answer += choice.drafts
     banned = []
     for word in words:

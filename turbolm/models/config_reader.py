@@ -59,7 +59,7 @@ class ConfigReader:
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             names = " or ".join(k.__name__ for k in kinds)
             raise CheckpointError(f"config.json has '{name}': {value!r}; it must be {names}")
-        return value
+        return value  # type: ignore[return-value]
 
     def has(self, name: str) -> bool:
         return self._config.get(name) is not None
@@ -72,7 +72,7 @@ class ConfigReader:
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        value = float(self._get(name, (int, float), default))  # type: ignore[arg-type]
+        value = float(self._get(name, (int, float), default))
         if not math.isfinite(value):
             raise CheckpointError(f"config.json has '{name}': {value}; it must be finite")
         return value

@@ -37,6 +37,9 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
     for kind in instructions.KINDS:
         if dll.turbolm_struct_size(kind.opcode) != ctypes.sizeof(kind):
             return None, f"{_PATH.name} belongs to another version of turbolm: install turbolm again"
+    used = dll.turbolm_isa_name().decode()
+    if wanted is not None and wanted != used:
+        log.warning("TURBOLM_ISA is %s, which is not available here: the kernels use %s", wanted, used)
     return dll, ""
 
 

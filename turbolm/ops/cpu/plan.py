@@ -105,9 +105,9 @@ class Plan:
         return self._arena.numel()
 
     @property
-    def num_barriers(self) -> int:
-        """How often the threads meet between instructions."""
-        return sum(instruction.barrier for instruction in self._instructions)
+    def barriers(self) -> list[bool]:
+        """Before which instructions the threads meet."""
+        return [bool(instruction.barrier) for instruction in self._instructions]
 
     def run(self, batch: Batch) -> Tensor:
         """Float32 logits [r, vocabulary], valid until the next run. Raises EngineError for a batch

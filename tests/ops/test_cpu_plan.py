@@ -1,0 +1,209 @@
+"""Recorded plans: the same results as the ops, for any step, in memory that is shared safely."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from turbolm.engine.graph import record, record_plan
+from turbolm.errors import EngineError
+from turbolm.ops import AttentionSpec, LayerCache, Ops, RopeTable
+from turbolm.ops.cpu import instructions
+from turbolm.ops.cpu.ops import CpuOps
+from turbolm.ops.cpu.plan import Buffer, Plan, PlanRecorder, Recorded
+from turbolm.ops.reference import ReferenceOps
+from turbolm.quant.dense import dense
+from turbolm.types import Batch
+
+HIDDEN, MLP, VOCABULARY, LAYERS = 96, 160, 211, 2
+SPEC = AttentionSpec(6, 2, 16, 16, 0.25)
+
+
+@dataclass(frozen=True)
+class Limits:
+    max_batch_tokens: int = 64
+    max_batch_size: int = 8
+    max_logit_rows: int = 16
+    max_context: int = 256
+
+
+LIMITS = Limits()
+
+
+class TinyModel:
+    """Every op that a decoder uses, once per layer."""
+
+    def __init__(self, ops: Ops) -> None:
+        self.ops = ops
+        generator = torch.Generator().manual_seed(0)
+
+        def linear(n: int, k: int, has_bias: bool = False) -> object:
+            weight = torch.randn(n, k, generator=generator) * k**-0.5
+            return ops.prepare_linear([dense(weight)], torch.randn(n, generator=generator) if has_bias else None)
+
+        self.table = ops.prepare_embedding(dense(torch.randn(VOCABULARY, HIDDEN, generator=generator)))
+        self.layers = [
+            (linear(SPEC.qkv_width, HIDDEN, True), linear(HIDDEN, 96), linear(2 * MLP, HIDDEN), linear(HIDDEN, MLP))
+            for _ in range(LAYERS)
+        ]
+        self.norm = torch.randn(HIDDEN, generator=generator)
+        angles = torch.outer(torch.arange(256.0), 50.0 ** -(torch.arange(0.0, 16, 2) / 16))
+        self.rope = RopeTable(angles.cos(), angles.sin())
+
+    def forward(self, batch: Batch, caches: Sequence[LayerCache]) -> Tensor:
+        ops = self.ops
+        residual = ops.embedding(batch.token_ids, self.table, 1.5)
+        x = ops.rms_norm(residual, self.norm, 1e-5)
+        for (qkv, output, gate_up, down), cache in zip(self.layers, caches, strict=True):
+            row = ops.rotary_store(ops.linear(x, qkv), batch, cache, SPEC, self.rope, None, None, 1e-5)  # type: ignore[arg-type]
+            x = ops.linear(ops.attention(row, batch, cache, SPEC), output)  # type: ignore[arg-type]
+            x, residual = ops.add_rms_norm(x, residual, self.norm, 1e-5)
+            x = ops.linear(ops.activate_multiply(ops.linear(x, gate_up), "silu"), down)  # type: ignore[arg-type]
+            residual = ops.add(x, residual)
+            x = ops.rms_norm(residual, self.norm, 1e-5)
+        return ops.logits(x, batch, self.table, 30.0)
+
+
+def make_caches(dtype: torch.dtype = torch.float16) -> list[LayerCache]:
+    return [LayerCache(*(torch.zeros(40, 2, 16, 16, dtype=dtype) for _ in range(2))) for _ in range(LAYERS)]
+
+
+def make_batch(parts: list[tuple[int, int, int]], all_rows: bool = False) -> Batch:
+    """A step of (sequence, cached tokens, new tokens); sequence i has blocks 5 i to 5 i + 4."""
+
+    def ints(values: object) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32)
+
+    positions = [p for _, cached, new in parts for p in range(cached, cached + new)]
+    owners = [sequence for sequence, _, new in parts for _ in range(new)]
+    starts = [0, *itertools.accumulate(new for _, _, new in parts)]
+    rows = list(range(starts[-1])) if all_rows else [start - 1 for start in starts[1:]]
+    return Batch(
+        token_ids=ints([(31 * p + 7 * s) % VOCABULARY for p, s in zip(positions, owners, strict=True)]),
+        positions=ints(positions),
+        slots=ints([s * 80 + p for p, s in zip(positions, owners, strict=True)]),
+        query_start=ints(starts),
+        context_lens=ints([cached + new for _, cached, new in parts]),
+        block_tables=ints([range(5 * sequence, 5 * sequence + 5) for sequence, _, _ in parts]),
+        logit_rows=ints(rows),
+        num_tokens=len(positions),
+        num_sequences=len(parts),
+        max_query=max(new for _, _, new in parts),
+        max_context=max(cached + new for _, cached, new in parts),
+    )
+
+
+STEPS = [
+    [(0, 0, 1)],
+    [(0, 1, 40), (3, 0, 11)],
+    [(0, 41, 1), (3, 11, 1), (5, 0, 50)],
+    [(5, 50, 1), (0, 42, 1), (3, 12, 1)],
+    [(7, 0, 64)],
+]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_replay_is_bitwise_the_ops(threads: int) -> None:
+    """One recording serves steps of every shape, with the results of the single ops."""
+    model = TinyModel(CpuOps(threads=threads))
+    caches, eager_caches = make_caches(), make_caches()
+    forward = record(model, caches, LIMITS)
+    for parts in STEPS:
+        batch = make_batch(parts)
+        assert torch.equal(forward(batch), model.forward(batch, eager_caches))
+    for cache, eager_cache in zip(caches, eager_caches, strict=True):
+        assert torch.equal(cache.k, eager_cache.k) and torch.equal(cache.v, eager_cache.v)
+
+
+def test_replay_agrees_with_the_reference() -> None:
+    model, reference = TinyModel(CpuOps(threads=2)), TinyModel(ReferenceOps(torch.device("cpu"), torch.float32))
+    caches, reference_caches = make_caches(torch.float32), make_caches(torch.float32)
+    forward = record(model, caches, LIMITS)
+    for parts in STEPS:
+        batch = make_batch(parts)
+        torch.testing.assert_close(forward(batch), reference.forward(batch, reference_caches), atol=2e-4, rtol=1e-4)
+
+
+def test_logits_do_not_depend_on_steps_or_company() -> None:
+    """A token's logits are the same bits however the prompt was cut and whatever ran beside it."""
+    model = TinyModel(CpuOps(threads=2))
+    forward = record(model, make_caches(), LIMITS)
+    forward(make_batch([(1, 0, 60)]))
+    alone = forward(make_batch([(1, 60, 1)])).clone()
+    for cuts in ([7, 53], [1, 1, 58], [32, 28]):
+        done = 0
+        for new in cuts:
+            forward(make_batch([(4, done // 3, 2), (1, done, new)]))
+            done += new
+        assert torch.equal(forward(make_batch([(6, 0, 3), (1, 60, 1)]))[1:], alone)
+
+
+def test_larger_steps_than_recorded_are_refused() -> None:
+    forward = record(TinyModel(CpuOps(threads=1)), make_caches(), LIMITS)
+    with pytest.raises(EngineError, match="a step of 65 tokens"):
+        forward(make_batch([(0, 0, 65)]))
+    with pytest.raises(EngineError, match="17 rows of logits"):
+        forward(make_batch([(0, 0, 17)], all_rows=True))
+
+
+def test_model_that_needs_the_reference_is_not_recorded(caplog: pytest.LogCaptureFixture) -> None:
+    """It runs op by op, and the log says why."""
+    model, caches = TinyModel(CpuOps(threads=1)), make_caches(torch.float64)
+    batch = make_batch([(0, 0, 9)])
+    logits = record(model, caches, LIMITS)(batch)
+    assert torch.equal(logits, model.forward(batch, make_caches(torch.float64)))
+    assert any("op by op" in record.message and "float64" in record.message for record in caplog.records)
+
+
+def test_plan_shares_memory() -> None:
+    """Activations of all layers fit in the memory of one, and the threads meet once per dependence."""
+    ops = CpuOps(threads=2)
+    plan = record_plan(TinyModel(ops), ops, make_caches(), LIMITS)
+    one_of_each = 64 * 4 * (3 * HIDDEN + SPEC.qkv_width + 96 + 3 * MLP)
+    assert plan.num_bytes < one_of_each + 1_000_000  # workspaces
+    assert sum(plan.barriers) < len(plan)
+
+
+@st.composite
+def programs(draw: st.DrawFn) -> list[Recorded]:
+    """Instructions that each read up to two earlier results and write a new one."""
+    buffers: list[Buffer] = []
+    recorded = []
+    for _ in range(draw(st.integers(1, 25))):
+        sources = [draw(st.sampled_from(buffers)) for _ in range(2)] if buffers else [0, 0]
+        target = Buffer((1,), draw(st.integers(1, 5)) * 40)
+        operands = {"x": sources[0], "residual": 0, "weight": sources[1], "y": target}
+        recorded.append(Recorded(instructions.RmsNorm, operands))  # type: ignore[arg-type]
+        buffers.append(target)
+    return recorded
+
+
+@settings(max_examples=100, deadline=None)
+@given(recorded=programs())
+def test_memory_and_barriers_of_any_program(recorded: list[Recorded]) -> None:
+    """Nothing that is still needed is overwritten, and a barrier stands between any two
+    instructions that touch the same memory, unless both only read it."""
+    ops = CpuOps(threads=1)
+    plan = Plan(ops.team, PlanRecorder(1, 1, 1, recorded), num_logits=1)
+    last_use = {b: i for i, item in enumerate(recorded) for b in item.buffers()}
+    spans = [[(b.offset, b.offset + b.num_bytes) for b in item.buffers()] for item in recorded]
+    results = [item.operands["y"] for item in recorded]
+    for i, item in enumerate(recorded):
+        target = results[i]
+        assert isinstance(target, Buffer) and 0 <= target.offset <= plan.num_bytes - target.num_bytes
+        for j in range(i):
+            other = results[j]
+            assert isinstance(other, Buffer)
+            overlap = other.offset < target.offset + target.num_bytes and target.offset < other.offset + other.num_bytes
+            assert not (overlap and last_use[other] >= i), "overwritten while needed"
+            touches = any(a < y and x < b for a, b in spans[j] for x, y in [spans[i][-1]])
+            reads_result = other in item.buffers()
+            if touches or reads_result:
+                assert any(plan.barriers[j + 1 : i + 1]), "no barrier between"

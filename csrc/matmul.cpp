@@ -5,8 +5,8 @@
 namespace turbolm {
 namespace {
 
-// Inputs of at most this many values are quantized by every thread for itself: cheaper than a barrier.
-constexpr int64_t max_private_values = 4096;
+// Inputs of at most this many values are laid out by every thread for itself: cheaper than a barrier.
+constexpr int64_t max_private_values = 2048;
 // Bytes of quantized rows that stay in a core's second-level cache while the weights stream by.
 constexpr int64_t chunk_bytes = 384 << 10;
 
@@ -45,31 +45,49 @@ struct Tiles {
     uint8_t* dense;
 };
 
-void lay_out_dense(const MatmulArgs& args, int64_t tile, int64_t count, int64_t first, int64_t last, uint8_t* to) {
+// Half-open ranges of rows and of k, the latter in blocks of 32.
+struct Range {
+    int64_t first_row, last_row, first, last;
+};
+
+// What a thread lays out: some rows, or, where these are few, some of k in all rows.
+Range range_of(const MatmulArgs& args, const Team& team) {
+    Range range{0, args.rows, 0, args.linear->k};
+    if (args.rows >= 4 * team.num_threads) {
+        share(team, args.rows, 1, &range.first_row, &range.last_row);
+    } else {
+        share(team, args.linear->k, 32, &range.first, &range.last);
+    }
+    return range;
+}
+
+void lay_out_dense(const MatmulArgs& args, int64_t start, int64_t count, const Range& range, float* tile) {
     const int64_t k = args.linear->k;
-    float* out = reinterpret_cast<float*>(to);
-    for (int64_t row = first; row < last; ++row) {
-        const float* from = args.x + (tile * tile_rows + row) * args.ldx;
-        for (int64_t i = 0; i < k; ++i) out[i * count + row] = from[i];
-        if (k % 2 != 0) out[k * count + row] = 0.0f;
+    for (int64_t row = range.first_row; row < range.last_row; ++row) {
+        const float* from = args.x + (start + row) * args.ldx;
+        for (int64_t i = range.first; i < range.last; ++i) tile[i * count + row] = from[i];
+        if (range.last == k && k % 2 != 0) tile[k * count + row] = 0.0f;
     }
 }
 
-// Rows [first, last) of the input, tile by tile.
-void lay_out(const MatmulArgs& args, const Tiles& tiles, int64_t first, int64_t last) {
+// Part of the input, tile by tile.
+void lay_out(const MatmulArgs& args, const Tiles& tiles, const Range& range) {
     const int64_t k = args.linear->k;
-    for (int64_t tile = first / tile_rows; tile * tile_rows < last; ++tile) {
-        const int64_t start = tile * tile_rows;
+    for (int64_t start = range.first_row / tile_rows * tile_rows; start < range.last_row; start += tile_rows) {
         const int64_t count = args.rows - start < tile_rows ? args.rows - start : tile_rows;
-        const int64_t begin = first > start ? first - start : 0;
-        const int64_t end = last - start < count ? last - start : count;
+        Range part = range;  // rows of the tile
+        part.first_row = range.first_row > start ? range.first_row - start : 0;
+        part.last_row = range.last_row - start < count ? range.last_row - start : count;
         if (tiles.quantized != nullptr) {
-            matmul_kernels().quantize(args.x + start * args.ldx, args.ldx, k, static_cast<int>(count),
-                               static_cast<int>(begin), static_cast<int>(end),
-                               tiles.quantized + start * quantized_row_bytes(k));
+            uint8_t* tile = tiles.quantized + start * quantized_row_bytes(k);
+            matmul_kernels().quantize(args.x + start * args.ldx + part.first, args.ldx, part.last - part.first,
+                                      static_cast<int>(count), static_cast<int>(part.first_row),
+                                      static_cast<int>(part.last_row),
+                                      tile + quantized_row_bytes(part.first) * count);
         }
         if (tiles.dense != nullptr) {
-            lay_out_dense(args, tile, count, begin, end, tiles.dense + start * dense_row_bytes(k));
+            uint8_t* tile = tiles.dense + start * dense_row_bytes(k);
+            lay_out_dense(args, start, count, part, reinterpret_cast<float*>(tile));
         }
     }
 }
@@ -115,11 +133,9 @@ void matmul(const MatmulArgs& args, const Team& team) {
     uint8_t* base = args.workspace + (is_private ? team.thread * (quantized_bytes + dense_bytes) : 0);
     const Tiles tiles{quantized_bytes > 0 ? base : nullptr, dense_bytes > 0 ? base + quantized_bytes : nullptr};
     if (is_private) {
-        lay_out(args, tiles, 0, args.rows);
+        lay_out(args, tiles, {0, args.rows, 0, linear.k});
     } else {
-        int64_t first, last;
-        share(team, args.rows, 1, &first, &last);
-        lay_out(args, tiles, first, last);
+        lay_out(args, tiles, range_of(args, team));
         team.barrier();
     }
 

@@ -81,8 +81,8 @@ struct MatmulKernels {
 // float scale * sum, int32 -128 * sum (of all 32 values, of the first and of the last 16).
 constexpr int64_t quantized_block_bytes = 52;  // per row
 // Dense rows: for each k, `rows` floats.
-inline int64_t dense_row_bytes(int64_t k) { return 4 * (k + k % 2); }
-inline int64_t quantized_row_bytes(int64_t k) { return k / 32 * quantized_block_bytes; }
+static inline int64_t dense_row_bytes(int64_t k) { return 4 * (k + k % 2); }
+static inline int64_t quantized_row_bytes(int64_t k) { return k / 32 * quantized_block_bytes; }
 
 extern const MatmulKernels matmul_generic, matmul_avx2, matmul_avx512, matmul_avx512vnni, matmul_neon;
 

@@ -21,7 +21,9 @@ struct Vector {
         return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane);
     }
     static Float load_some(const float* from, int64_t count) { return _mm256_maskload_ps(from, first_lanes(count)); }
-    static void store_some(float* to, Float value, int64_t count) { _mm256_maskstore_ps(to, first_lanes(count), value); }
+    static void store_some(float* to, Float value, int64_t count) {
+        _mm256_maskstore_ps(to, first_lanes(count), value);
+    }
     static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
     static Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
     static Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
@@ -67,20 +69,42 @@ struct Vector {
         constexpr int shift = zero == 32 ? 2 : zero == 16 ? 3 : 4;
         return _mm256_srai_epi32(_mm256_set1_epi32(*sum_128), shift);
     }
-    // Pairs of products are summed in int16: 2 * 63 * 127 fits, 2 * 255 * 127 does not, so bytes of
-    // 8 bits are made signed, and their sign moved to x.
-    template <int zero>
-    static Int dot(Int sum, Bytes w, const int8_t* x) {
-        int32_t quad;
-        __builtin_memcpy(&quad, x, 4);
-        Bytes factors = _mm256_set1_epi32(quad);
-        if constexpr (zero == 128) {
+    static Int pairs_to_int(Int pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+    // Pairs of products in int16: 2 * 63 * 127 fits, 2 * 255 * 127 does not. So bytes of 8 bits are made
+    // signed, and their sign is moved to x.
+    template <int largest>
+    static Int multiply_pairs(Bytes w, const int8_t* x) {
+        int32_t value;
+        __builtin_memcpy(&value, x, 4);
+        Bytes quad = _mm256_set1_epi32(value);
+        if constexpr (largest > 63) {
             w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
-            factors = _mm256_sign_epi8(factors, w);
+            quad = _mm256_sign_epi8(quad, w);
             w = _mm256_abs_epi8(w);
         }
-        const Bytes pairs = _mm256_maddubs_epi16(w, factors);
-        return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        return _mm256_maddubs_epi16(w, quad);
+    }
+    // Four quads; pairs are summed in int16 for as long as they fit.
+    template <int largest>
+    static Int dot(Int sum, const Bytes* w, const int8_t* x) {
+        Int pairs[4];
+        for (int j = 0; j < 4; ++j) pairs[j] = multiply_pairs<largest>(w[j], x + 4 * j);
+        if constexpr (largest > 63) {
+            const Int first = add(pairs_to_int(pairs[0]), pairs_to_int(pairs[1]));
+            return add(sum, add(first, add(pairs_to_int(pairs[2]), pairs_to_int(pairs[3]))));
+        }
+        const Int first = _mm256_add_epi16(pairs[0], pairs[1]);
+        const Int second = _mm256_add_epi16(pairs[2], pairs[3]);
+        if constexpr (largest > 31) return add(sum, add(pairs_to_int(first), pairs_to_int(second)));
+        return add(sum, pairs_to_int(_mm256_add_epi16(first, second)));
+    }
+    template <int largest, int rows>
+    static void add_products(Int (&low)[rows], Int (&high)[rows], const Bytes* w, const int8_t* x) {
+#pragma GCC unroll 2
+        for (int row = 0; row < rows; ++row) {
+            low[row] = dot<largest>(low[row], w, x + 32 * row);
+            high[row] = dot<largest>(high[row], w + 4, x + 32 * row + 16);
+        }
     }
 
     static __m256i absolute_bits(__m256 value) {

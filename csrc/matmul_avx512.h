@@ -15,7 +15,6 @@ namespace {
 struct Vector {
     static constexpr int lanes = 16;
     static constexpr int row_steps[] = {6, 5, 4, 3, 2, 1};
-    static constexpr int64_t min_panel_rows = 8;  // measured
     using Float = __m512;
     using Int = __m512i;
     using Bytes = __m512i;  // the same type as Int
@@ -77,6 +76,7 @@ struct Vector {
     }
 
 #ifdef __AVX512VNNI__
+    static constexpr int min_panel_byte = 0;
     // Bytes stay unsigned, and the zero point is subtracted through the start value.
     template <int zero>
     static Int start(const int32_t* sum_128) {
@@ -84,41 +84,75 @@ struct Vector {
         constexpr int shift = zero == 128 ? 0 : zero == 32 ? 2 : zero == 16 ? 3 : 4;
         return _mm512_srai_epi32(_mm512_set1_epi32(*sum_128), shift);
     }
-    template <int zero>
+    template <int largest>
     static Int dot_quads(Int sum, Bytes w, Bytes quad) {
         return _mm512_dpbusd_epi32(sum, w, quad);
     }
-    template <int zero>
     static Int dot(Int sum, Bytes w, const int8_t* x) {
 #ifdef __clang__
-        return dot_quads<zero>(sum, w, broadcast(x));
+        return _mm512_dpbusd_epi32(sum, w, broadcast(x));
 #else  // GCC 12 spends an instruction on the broadcast that the operand can do
         asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*reinterpret_cast<const int32_t*>(x)));
         return sum;
 #endif
     }
+    // Two chains for each of two rows keep enough independent instructions in flight.
+    template <int largest, int rows>
+    static void add_products(Int (&low)[rows], Int (&high)[rows], const Bytes* w, const int8_t* x) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+#pragma GCC unroll 2
+            for (int row = 0; row < rows; ++row) {
+                low[row] = dot(low[row], w[j], x + 32 * row + 4 * j);
+                high[row] = dot(high[row], w[j + 4], x + 32 * row + 4 * j + 16);
+            }
+        }
+    }
 #else
+    static constexpr int min_panel_byte = 32;
     template <int zero>
     static Int start(const int32_t* sum_128) {
         if constexpr (zero == 0 || zero == 128) return _mm512_setzero_si512();
         constexpr int shift = zero == 32 ? 2 : zero == 16 ? 3 : 4;
         return _mm512_srai_epi32(_mm512_set1_epi32(*sum_128), shift);
     }
-    // Pairs of products are summed in int16: 2 * 63 * 127 fits, 2 * 255 * 127 does not, so bytes of
-    // 8 bits are made signed, and their sign moved to x.
-    template <int zero>
-    static Int dot_quads(Int sum, Bytes w, Bytes quad) {
-        if constexpr (zero == 128) {
+    static Int pairs_to_int(Int pairs) { return _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)); }
+    // Pairs of products in int16: 2 * 63 * 127 fits, 2 * 255 * 127 does not. So bytes of 8 bits are made
+    // signed, and their sign is moved to x.
+    template <int largest>
+    static Int multiply_pairs(Bytes w, Bytes quad) {
+        if constexpr (largest > 63) {
             w = _mm512_xor_si512(w, _mm512_set1_epi8(-128));
             quad = _mm512_mask_sub_epi8(quad, _mm512_movepi8_mask(w), _mm512_setzero_si512(), quad);
             w = _mm512_abs_epi8(w);
         }
-        const Bytes pairs = _mm512_maddubs_epi16(w, quad);
-        return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+        return _mm512_maddubs_epi16(w, quad);
     }
-    template <int zero>
-    static Int dot(Int sum, Bytes w, const int8_t* x) {
-        return dot_quads<zero>(sum, w, broadcast(x));
+    template <int largest>
+    static Int dot_quads(Int sum, Bytes w, Bytes quad) {
+        return add(sum, pairs_to_int(multiply_pairs<largest>(w, quad)));
+    }
+    // Four quads; pairs are summed in int16 for as long as they fit.
+    template <int largest>
+    static Int dot(Int sum, const Bytes* w, const int8_t* x) {
+        Int pairs[4];
+        for (int j = 0; j < 4; ++j) pairs[j] = multiply_pairs<largest>(w[j], broadcast(x + 4 * j));
+        if constexpr (largest > 63) {
+            const Int first = add(pairs_to_int(pairs[0]), pairs_to_int(pairs[1]));
+            return add(sum, add(first, add(pairs_to_int(pairs[2]), pairs_to_int(pairs[3]))));
+        }
+        const Int first = _mm512_add_epi16(pairs[0], pairs[1]);
+        const Int second = _mm512_add_epi16(pairs[2], pairs[3]);
+        if constexpr (largest > 31) return add(sum, add(pairs_to_int(first), pairs_to_int(second)));
+        return add(sum, pairs_to_int(_mm512_add_epi16(first, second)));
+    }
+    template <int largest, int rows>
+    static void add_products(Int (&low)[rows], Int (&high)[rows], const Bytes* w, const int8_t* x) {
+#pragma GCC unroll 2
+        for (int row = 0; row < rows; ++row) {
+            low[row] = dot<largest>(low[row], w, x + 32 * row);
+            high[row] = dot<largest>(high[row], w + 4, x + 32 * row + 16);
+        }
     }
 #endif
 

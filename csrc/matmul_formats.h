@@ -51,6 +51,7 @@ struct Plain {
     static constexpr int sub_blocks = 1;
     static constexpr int header_bytes = 0;
     static constexpr int zero = 0;
+    static constexpr int largest = 15;  // byte
     static constexpr bool has_minimum = false;
     static constexpr bool has_halves = false;
     static Header header(const uint8_t*, int) { return {Vector::zero(), Vector::zero()}; }
@@ -77,6 +78,7 @@ struct Q4_1 : Plain {
 
 struct Q5_0 : Plain {
     static constexpr int sub_bytes = 352;
+    static constexpr int largest = 31;
     static constexpr int zero = 16;
     static void load(const uint8_t* from, int part, const Header&, Unpacked& to) {
         load_nibbles(from + 32, part, to.quads);
@@ -87,6 +89,7 @@ struct Q5_0 : Plain {
 
 struct Q5_1 : Plain {
     static constexpr int sub_bytes = 384;
+    static constexpr int largest = 31;
     static constexpr bool has_minimum = true;
     static void load(const uint8_t* from, int part, const Header&, Unpacked& to) {
         load_nibbles(from + 64, part, to.quads);
@@ -98,6 +101,7 @@ struct Q5_1 : Plain {
 
 struct Q8_0 : Plain {
     static constexpr int sub_bytes = 544;
+    static constexpr int largest = 255;
     static constexpr int zero = 128;
     static void load(const uint8_t* from, int part, const Header&, Unpacked& to) {
         for (int j = 0; j < 8; ++j) to.quads[j] = Vector::load_bytes(from + 32 + 64 * j + 4 * Vector::lanes * part);
@@ -107,6 +111,7 @@ struct Q8_0 : Plain {
 
 struct Iq4Nl : Plain {
     static constexpr int sub_bytes = 288;
+    static constexpr int largest = 255;
     static constexpr int zero = 128;
     static void load(const uint8_t* from, int part, const Header&, Unpacked& to) {
         load_nibbles(from + 32, part, to.quads);
@@ -132,6 +137,7 @@ struct Q4_K : Plain {
 
 struct Q5_K : Q4_K {
     static constexpr int sub_bytes = 352;
+    static constexpr int largest = 31;
     static void load(const uint8_t* from, int part, const Header& header, Unpacked& to) {
         Q4_K::load(from, part, header, to);
         add_high_bits(from + 288, part, to.quads);
@@ -142,6 +148,7 @@ struct Q6_K : Plain {
     static constexpr int sub_blocks = 8;
     static constexpr int header_bytes = 32;
     static constexpr int sub_bytes = 416;
+    static constexpr int largest = 63;
     static constexpr int zero = 32;
     static constexpr bool has_halves = true;
     static Header header(const uint8_t* from, int part) { return {load_half(from, part), Vector::zero()}; }
@@ -164,6 +171,7 @@ struct Iq4Xs : Plain {
     static constexpr int sub_blocks = 8;
     static constexpr int header_bytes = 32;
     static constexpr int sub_bytes = 272;
+    static constexpr int largest = 255;
     static constexpr int zero = 128;
     static Header header(const uint8_t* from, int part) { return {load_half(from, part), Vector::zero()}; }
     static void load(const uint8_t* from, int part, const Header& header, Unpacked& to) {

@@ -97,13 +97,22 @@ struct Vector {
         if constexpr (zero == 0) return Int{};
         return Int{} + (*sum_128 / 128 * zero);
     }
-    template <int zero>
     static Int dot(Int sum, Bytes w, const int8_t* x) {
         const Int words = reinterpret_cast<Int>(w);
         sum += (words & 255) * x[0];
         sum += (words >> 8 & 255) * x[1];
         sum += (words >> 16 & 255) * x[2];
         return sum + (words >> 24 & 255) * x[3];
+    }
+
+    template <int largest, int rows>
+    static void add_products(Int (&low)[rows], Int (&high)[rows], const Bytes* w, const int8_t* x) {
+        for (int row = 0; row < rows; ++row) {
+            for (int j = 0; j < 4; ++j) {
+                low[row] = dot(low[row], w[j], x + 32 * row + 4 * j);
+                high[row] = dot(high[row], w[j + 4], x + 32 * row + 4 * j + 16);
+            }
+        }
     }
 
     static float quantize_block(const float* from, int8_t* to, int32_t* low, int32_t* high) {

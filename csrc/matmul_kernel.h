@@ -9,11 +9,13 @@
 //   lanes                   4, 8 or 16
 //   row_steps[]             numbers of rows of x to compute at once, falling, down to 1
 //   Float, Int, Bytes       lanes floats; lanes int32; 4 * lanes bytes
-//   start<zero>(p)          accumulators for bytes with this zero point; *p is -128 * sum(x)
-//   dot<zero>(a, w, x)      a + the products of each lane's 4 bytes with the 4 int8 at x
+//   start<zero>(p)          integer sums for bytes with this zero point; *p is -128 * sum(x)
+//   add_products<largest>(low, high, w, x)   for several rows of x, 32 int8 apart: adds to low[row] each
+//                           lane's products of w's quads 0..3 with x, to high[row] those of 4..7;
+//                           no byte of w exceeds `largest`
 //   load_some(p, n), store_some(p, v, n)   the first n lanes; n may be below 0 or above `lanes`
 //   insert<s, mask>(q, b)   q | ((b << s) & mask), bytewise; s may be negative
-//   broadcast, dot_quads, min_panel_rows    where TURBOLM_MATMUL_PANELS is defined (matmul_panel.h)
+//   broadcast, dot_quads, min_panel_byte     where TURBOLM_MATMUL_PANELS is defined (matmul_panel.h)
 //   quantize_block(x, q)    32 floats to int8; returns the scale and the sums of both halves
 #pragma once
 
@@ -27,7 +29,7 @@ namespace {
 
 constexpr int parts = group_rows / Vector::lanes;  // vectors that cover a group
 constexpr int num_row_steps = sizeof(Vector::row_steps) / sizeof(Vector::row_steps[0]);
-constexpr int64_t prefetch_distance = 2048;  // bytes ahead in the stream of weights; measured
+constexpr int64_t prefetch_distance = 4096;  // bytes ahead in the stream of weights; measured
 
 // The tile seen from its rows [first, first + R).
 struct TileRows {
@@ -62,14 +64,7 @@ struct Dots {
             low[r] = Vector::start<Format::zero>(zeros + (Format::has_halves ? stride : 0) + r);
             high[r] = Vector::start<Format::has_halves ? Format::zero : 0>(zeros + 2 * stride + r);
         }
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-#pragma GCC unroll 2
-            for (int r = 0; r < count; ++r) {
-                low[r] = Vector::dot<Format::zero>(low[r], w.quads[j], x + 32 * r + 4 * j);
-                high[r] = Vector::dot<Format::zero>(high[r], w.quads[j + 4], x + 32 * r + 4 * j + 16);
-            }
-        }
+        Vector::add_products<Format::largest>(low, high, w.quads, x);
     }
 };
 
@@ -225,12 +220,14 @@ template <class Kernel>
 void multiply(const MatmulWork& work) {
     int64_t done = 0;
 #ifdef TURBOLM_MATMUL_PANELS
-    constexpr int64_t width = panel_groups * group_rows;
-    for (; work.rows >= Vector::min_panel_rows && work.columns - done > group_rows; done += width) {
-        const int64_t columns = work.columns - done < width ? work.columns - done : width;
-        for (int64_t row = 0; row < work.rows; row += panel_rows) {
-            const int64_t rows = work.rows - row < panel_rows ? work.rows - row : panel_rows;
-            multiply_panel(Kernel{}, part_of<Kernel>(work, done, columns, row, rows));
+    if constexpr (has_panels<Kernel>) {
+        constexpr int64_t width = panel_groups * group_rows;
+        for (; work.rows >= min_panel_rows && work.columns - done > group_rows; done += width) {
+            const int64_t columns = work.columns - done < width ? work.columns - done : width;
+            for (int64_t row = 0; row < work.rows; row += panel_rows) {
+                const int64_t rows = work.rows - row < panel_rows ? work.rows - row : panel_rows;
+                multiply_panel(Kernel{}, part_of<Kernel>(work, done, columns, row, rows));
+            }
         }
     }
 #endif

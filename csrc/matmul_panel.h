@@ -10,9 +10,16 @@
 namespace turbolm {
 namespace {
 
+constexpr int64_t min_panel_rows = 8;  // measured
 constexpr int panel_groups = 2;
 constexpr int panel_blocks = 8;   // of 32 values of k: what is unpacked at once
 constexpr int panel_rows = 64;    // that use it
+
+// Whether this kernel is faster for a format.
+template <class Kernel>
+constexpr bool has_panels = true;
+template <class Format>
+constexpr bool has_panels<Quantized<Format>> = Format::largest >= Vector::min_panel_byte;
 
 struct Panel {
     Unpacked weights[panel_blocks][panel_groups];
@@ -58,8 +65,8 @@ TURBOLM_INLINE void add_block(const Unpacked* w, const uint8_t* block, const Til
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
                 const Bytes quad = Vector::broadcast(x + 32 * r + 4 * j);
-                dots[r][0] = Vector::dot_quads<Format::zero>(dots[r][0], left, quad);
-                dots[r][1] = Vector::dot_quads<Format::zero>(dots[r][1], right, quad);
+                dots[r][0] = Vector::dot_quads<Format::largest>(dots[r][0], left, quad);
+                dots[r][1] = Vector::dot_quads<Format::largest>(dots[r][1], right, quad);
             }
         }
 #pragma GCC unroll 8

@@ -42,21 +42,29 @@ float half_at(const uint8_t* data, int index) {
     return half_to_float(half);
 }
 
+uint32_t word_at(const uint8_t* data, int index) {
+    uint32_t word;
+    std::memcpy(&word, data + 4 * index, 4);
+    return word;
+}
+
+void put_word(uint8_t* target, int row, uint32_t word) { std::memcpy(target + 4 * row, &word, 4); }
+
 void put_half(uint8_t* target, int row, const uint8_t* half) { std::memcpy(target + 2 * row, half, 2); }
 
 // 16 bytes of nibbles, low ones first (values 0..15, then 16..31 in the high nibbles).
 void put_nibbles(uint8_t* quads, int row, const uint8_t* nibbles) {
-    for (int quad = 0; quad < 4; ++quad) std::memcpy(quads + 64 * quad + 4 * row, nibbles + 4 * quad, 4);
+    for (int quad = 0; quad < 4; ++quad) put_word(quads + 64 * quad, row, word_at(nibbles, quad));
 }
 
-// The fifth bits of 32 values, `bit(i)` being that of value i.
-template <class Bit>
-void put_high_bits(uint8_t* target, int row, Bit bit) {
-    for (int byte = 0; byte < 4; ++byte) {
-        uint8_t bits = 0;
-        for (int quad = 0; quad < 8; ++quad) bits |= static_cast<uint8_t>(bit(4 * quad + byte) << quad);
-        target[4 * row + byte] = bits;
+// The fifth bits of 32 values: bit i of `bits` to bit i / 4 of byte i % 4.
+void put_high_bits(uint8_t* target, int row, uint32_t bits) {
+    uint32_t result = 0;
+    for (int quad = 0; quad < 8; ++quad) {
+        const uint32_t nibble = (bits >> (4 * quad)) & 15;
+        result |= ((nibble * 0x00204081u) & 0x01010101u) << quad;  // one bit to each byte
     }
+    put_word(target, row, result);
 }
 
 // The 6-bit scale and minimum of sub-block `index` of a q4_k or q5_k block.
@@ -74,10 +82,10 @@ void read_scale_min(const uint8_t* packed, int index, uint8_t* scale, uint8_t* m
 // one and lays it out as 16 bytes of nibbles.
 void gather_nibbles(const uint8_t* source, bool high, uint8_t* nibbles) {
     const int shift = high ? 4 : 0;
-    for (int i = 0; i < 16; ++i) {
-        const int low_value = (source[i] >> shift) & 15;
-        const int high_value = (source[i + 16] >> shift) & 15;
-        nibbles[i] = static_cast<uint8_t>(low_value | high_value << 4);
+    for (int i = 0; i < 4; ++i) {
+        const uint32_t low_values = (word_at(source, i) >> shift) & 0x0f0f0f0fu;
+        const uint32_t high_values = (word_at(source, i + 4) >> shift) & 0x0f0f0f0fu;
+        put_word(nibbles, i, low_values | high_values << 4);
     }
 }
 
@@ -93,29 +101,22 @@ void pack_q4_1(const uint8_t* source, int row, uint8_t* target) {
 }
 
 void pack_q5_0(const uint8_t* source, int row, uint8_t* target) {
-    uint32_t bits;
-    std::memcpy(&bits, source + 2, 4);
     put_half(target, row, source);
     put_nibbles(target + 32, row, source + 6);
-    put_high_bits(target + 288, row, [bits](int i) { return (bits >> i) & 1; });
+    put_high_bits(target + 288, row, word_at(source + 2, 0));
 }
 
 void pack_q5_1(const uint8_t* source, int row, uint8_t* target) {
-    uint32_t bits;
-    std::memcpy(&bits, source + 4, 4);
     put_half(target, row, source);
     put_half(target + 32, row, source + 2);
     put_nibbles(target + 64, row, source + 8);
-    put_high_bits(target + 320, row, [bits](int i) { return (bits >> i) & 1; });
+    put_high_bits(target + 320, row, word_at(source, 1));
 }
 
 void pack_q8_0(const uint8_t* source, int row, uint8_t* target) {
     put_half(target, row, source);
     for (int quad = 0; quad < 8; ++quad) {
-        uint32_t values;
-        std::memcpy(&values, source + 2 + 4 * quad, 4);
-        values ^= 0x80808080u;  // value + 128
-        std::memcpy(target + 32 + 64 * quad + 4 * row, &values, 4);
+        put_word(target + 32 + 64 * quad, row, word_at(source + 2, quad) ^ 0x80808080u);  // value + 128
     }
 }
 
@@ -141,7 +142,9 @@ void pack_q5_k(const uint8_t* source, int row, uint8_t* target) {
         read_scale_min(source + 4, sub, to + row, to + 16 + row);
         gather_nibbles(source + 48 + 32 * (sub / 2), sub % 2, nibbles);
         put_nibbles(to + 32, row, nibbles);
-        put_high_bits(to + 288, row, [high, sub](int i) { return (high[i] >> sub) & 1; });
+        uint32_t bits = 0;
+        for (int quad = 0; quad < 8; ++quad) bits |= ((word_at(high, quad) >> sub) & 0x01010101u) << quad;
+        put_word(to + 288, row, bits);
     }
 }
 
@@ -160,13 +163,11 @@ void pack_q6_k(const uint8_t* source, int row, uint8_t* target) {
         gather_nibbles(low, sub % 4 >= 2, nibbles);
         put_nibbles(to + 32, row, nibbles);
         for (int half = 0; half < 2; ++half) {
-            for (int byte = 0; byte < 4; ++byte) {
-                int bits = 0;
-                for (int quad = 0; quad < 4; ++quad) {
-                    bits |= ((high[16 * half + 4 * quad + byte] >> shift) & 3) << (2 * quad);
-                }
-                to[288 + 64 * half + 4 * row + byte] = static_cast<uint8_t>(bits);
+            uint32_t bits = 0;
+            for (int quad = 0; quad < 4; ++quad) {
+                bits |= ((word_at(high, 4 * half + quad) >> shift) & 0x03030303u) << (2 * quad);
             }
+            put_word(to + 288 + 64 * half, row, bits);
         }
     }
 }
@@ -284,18 +285,21 @@ void pack_groups(Format format, const uint8_t* source, int64_t n, int64_t k, int
     const int64_t row_bytes = k * layout.source_bytes / layout.values;
     const bool has_half_block = blocks * layout.values != k;  // bf16 with odd k
     const int64_t whole_blocks = has_half_block ? blocks - 1 : blocks;
-    std::memset(target, 0, static_cast<size_t>((last - first) * blocks * layout.packed_bytes));
     for (int64_t group = first; group < last; ++group) {
-        for (int row = 0; row < rows && group * rows + row < n; ++row) {
-            const uint8_t* from = source + ((group - first) * rows + row) * row_bytes;
-            uint8_t* to = target + (group - first) * blocks * layout.packed_bytes;
-            for (int64_t block = 0; block < whole_blocks; ++block) {
-                pack_block(format, from, row, to);
-                from += layout.source_bytes;
-                to += layout.packed_bytes;
+        const int64_t left = n - group * rows;
+        const int count = left < rows ? static_cast<int>(left) : rows;
+        for (int64_t block = 0; block < blocks; ++block, target += layout.packed_bytes) {
+            if (count < rows || block >= whole_blocks) std::memset(target, 0, static_cast<size_t>(layout.packed_bytes));
+            for (int row = 0; row < count; ++row) {
+                const uint8_t* from = source + row * row_bytes + block * layout.source_bytes;
+                if (block < whole_blocks) {
+                    pack_block(format, from, row, target);
+                } else {
+                    std::memcpy(target + 4 * row, from, 2);
+                }
             }
-            if (has_half_block) std::memcpy(to + 4 * row, from, 2);
         }
+        source += rows * row_bytes;
     }
 }
 

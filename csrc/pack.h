@@ -52,12 +52,12 @@ const FormatLayout& format_layout(Format format);
 // Values of the 4-bit code book of iq4_nl and iq4_xs.
 constexpr int8_t iq4_values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
-inline int64_t num_groups(int64_t n) { return (n + group_rows - 1) / group_rows; }
-inline int64_t num_blocks(Format format, int64_t k) {
+static inline int64_t num_groups(int64_t n) { return (n + group_rows - 1) / group_rows; }
+static inline int64_t num_blocks(Format format, int64_t k) {
     const int64_t values = format_layout(format).values;
     return (k + values - 1) / values;
 }
-inline int64_t group_bytes(Format format, int64_t k) {
+static inline int64_t group_bytes(Format format, int64_t k) {
     return num_blocks(format, k) * format_layout(format).packed_bytes;
 }
 

@@ -15,7 +15,8 @@
 namespace turbolm {
 namespace {
 
-constexpr int64_t kChunk = 1024;  // numbers behind each of the sums of Kernels::exponentials
+constexpr int64_t kChunk = 1024;   // numbers behind each of the sums of Kernels::exponentials
+constexpr double kRounded = 0.999;  // a float32 sum of them may be smaller than their true sum by less
 
 struct SampleCall {
     const float* logits;  // [rows, vocabulary]
@@ -96,10 +97,15 @@ class RowSampler {
         }
     }
 
+    int64_t chunk_end(int64_t chunk) const { return std::min(size_, (chunk + 1) * kChunk); }
+
     void collect(float floor) {
         candidates_.clear();
-        for (int64_t i = 0; i < size_; ++i) {
-            if (p_[i] >= floor && p_[i] > 0.0f) candidates_.push_back(p_[i]);
+        for (int64_t chunk = 0; chunk < num_chunks(); ++chunk) {
+            if (sums_[chunk] < kRounded * floor) continue;  // none of them reaches it
+            for (int64_t i = chunk * kChunk; i < chunk_end(chunk); ++i) {
+                if (p_[i] >= floor && p_[i] > 0.0f) candidates_.push_back(p_[i]);
+            }
         }
     }
 
@@ -114,7 +120,7 @@ class RowSampler {
         if (cutoff > 0.0f) {
             for (int64_t chunk = 0; chunk < num_chunks(); ++chunk) {
                 double sum = 0.0;
-                for (int64_t i = chunk * kChunk; i < std::min(size_, (chunk + 1) * kChunk); ++i) {
+                for (int64_t i = chunk * kChunk; sums_[chunk] >= kRounded * cutoff && i < chunk_end(chunk); ++i) {
                     if (p_[i] >= cutoff) sum += p_[i];
                 }
                 sums_[chunk] = sum;
@@ -122,20 +128,17 @@ class RowSampler {
         }
         const double target = uniform * total();
         double sum = 0.0;
-        int64_t last = 0;
         for (int64_t chunk = 0; chunk < num_chunks(); ++chunk) {
             if (sum + sums_[chunk] <= target && chunk + 1 < num_chunks()) {
                 sum += sums_[chunk];
                 continue;
             }
-            for (int64_t i = chunk * kChunk; i < std::min(size_, (chunk + 1) * kChunk); ++i) {
+            for (int64_t i = chunk * kChunk; i < chunk_end(chunk); ++i) {
                 if (p_[i] < cutoff || p_[i] == 0.0f) continue;
-                last = i;
                 sum += p_[i];
                 if (sum > target) return i;
             }
         }
-        if (last > 0) return last;
         for (int64_t i = size_ - 1; i >= 0; --i) {  // rounding left the target past the last kept token
             if (p_[i] >= cutoff && p_[i] > 0.0f) return i;
         }

@@ -41,6 +41,14 @@ def test_auto_takes_a_gpu_where_there_is_one() -> None:
         resolve(EngineConfig(device="cuda"), LARGE, LAPTOP)
 
 
+def test_speculation_is_on_where_it_pays_and_says_why() -> None:
+    assert resolve(EngineConfig(), SMALL, LAPTOP).speculation
+    assert not resolve(EngineConfig(speculation="off"), SMALL, LAPTOP).speculation
+    on_gpu = resolve(EngineConfig(), LARGE, SERVER)
+    assert not on_gpu.speculation
+    assert any("speculation off" in reason for reason in on_gpu.reasons)
+
+
 def test_the_context_shrinks_to_the_memory_only_where_nobody_asked_for_it() -> None:
     needs = replace(LARGE, max_context=1 << 20)
     found = resolve(EngineConfig(), needs, LAPTOP)
@@ -63,6 +71,7 @@ def test_too_little_memory_is_refused_with_the_numbers() -> None:
     [
         ({"device": "gpu"}, "device is 'gpu'; allowed: auto, cpu, cuda"),
         ({"dtype": "float23"}, "Did you mean 'float32'"),
+        ({"speculation": "on"}, "speculation is 'on'; allowed: auto, off"),
         ({"threads": -1}, "threads must be a whole number"),
         ({"max_batch_size": 2.5}, "max_batch_size must be a whole number"),
         ({"block_size": 17}, "allowed: 8, 16, 32, 64, 128"),

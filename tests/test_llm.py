@@ -37,6 +37,12 @@ def smollm() -> Iterator[LLM]:
         yield llm
 
 
+@pytest.fixture(scope="module")
+def unspeculative() -> Iterator[LLM]:
+    with LLM(progress=False, speculation="off") as llm:
+        yield llm
+
+
 def test_generate_keeps_the_order_of_prompts(null: LLM) -> None:
     prompts = [f"prompt number {i}" for i in range(300)]
     together = [c.text for c in null.generate(prompts, GREEDY)]
@@ -185,6 +191,38 @@ def test_batching_does_not_change_the_default_models_answers(smollm: LLM) -> Non
     alone = [smollm.chat(c, GREEDY)[0].outputs[0].token_ids for c in conversations[:4]]
     assert together == alone * 2
     assert smollm.stats.num_prefix_hit_tokens > 0
+
+
+COPY = [
+    {
+        "role": "user",
+        "content": "Correct the spelling of this text and print it again:\n\nThe quick brwon fox jumps over teh lazy "
+        "dog. It was a sunny day and the children were playing in the garden. Their mother had baked a cake, and the "
+        "smell of it came thruogh the window.",
+    }
+]
+
+
+def test_speculation_does_not_change_the_default_models_answers(smollm: LLM, unspeculative: LLM) -> None:
+    greedy = SamplingParams(temperature=0, max_tokens=60)
+    text = unspeculative.chat(COPY, greedy)[0].text
+    stop = text[60:63]
+    variants = [
+        greedy,
+        SamplingParams(temperature=0.6, top_p=0.9, seed=5, max_tokens=48),
+        SamplingParams.of(greedy, repetition_penalty=1.05, logprobs=1),
+        SamplingParams.of(greedy, max_tokens=31),  # in the middle of drafts
+        SamplingParams.of(greedy, stop=(stop,)),
+        SamplingParams.of(greedy, stop_token_ids=(unspeculative.tokenizer.encode(" children", add_special=False)[0],)),
+    ]
+    before = smollm.stats
+    for params in variants:
+        expected, found = unspeculative.chat(COPY, params)[0].outputs[0], smollm.chat(COPY, params)[0].outputs[0]
+        assert found._replace(request_id="", usage=None) == expected._replace(request_id="", usage=None)
+        assert found.usage.completion_tokens == expected.usage.completion_tokens
+    assert expected.stop is not None
+    assert smollm.stats.num_accepted_tokens - before.num_accepted_tokens > 50
+    assert unspeculative.stats.num_draft_tokens == 0
 
 
 def test_control_tokens_in_messages_stay_text(smollm: LLM) -> None:

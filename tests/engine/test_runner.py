@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from turbolm.engine.runner import Runner
 from turbolm.engine.scheduler import Scheduler
+from turbolm.engine.speculative import PromptLookup
 from turbolm.models.checkpoint import open_checkpoint
 from turbolm.models.decoder import cache_spec, load_decoder
 from turbolm.models.loader import Loader
@@ -144,3 +145,54 @@ def test_logprobs_of_the_answer_are_the_models(run: Run, model_and_reference: tu
         assert entry.token_id == token
         assert entry.logprob == pytest.approx(float(expected[i, token]), abs=1e-3)
         assert [t for t, _ in entry.top] == expected[i].topk(2).indices.tolist()
+
+
+class Reader:
+    """A drafter that knows the answer, with every sixth token wrong."""
+
+    def __init__(self, token_ids: list[int], answers: dict[tuple[int, ...], tuple[int, ...]]) -> None:
+        self.token_ids = token_ids
+        self.num_prompt = len(token_ids)
+        self.answer = answers[tuple(token_ids)]
+
+    def propose(self, limit: int, num_decodes: int) -> tuple[int, ...]:
+        first = len(self.token_ids) - self.num_prompt
+        numbered = enumerate(self.answer[first : first + limit], first)
+        return tuple((token + 1) % 96 if number % 6 == 5 else token for number, token in numbered)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0},
+        {"seed": 3, "top_p": 0.9},
+        {"temperature": 0, "repetition_penalty": 1.4, "frequency_penalty": 0.5, "presence_penalty": 0.3},
+        {"seed": 4, "min_tokens": 9, "stop_token_ids": tuple(range(60)), "logit_bias": {5: 4.0}},
+        {"temperature": 0, "logprobs": 2},
+    ],
+)
+def test_drafts_do_not_change_what_is_said(run: Run, options: dict) -> None:
+    params = SamplingParams(max_tokens=20, **options)
+    items = [Request(f"r{i}", prompt(i, 2 + 7 * i), params, bad_words_ids=((i, 7), (3,))) for i in range(3)]
+    plain = run(items)
+    answers = {item.prompt_token_ids: plain[f"{item.id}/0"].token_ids for item in items}
+    for limits in ({}, {"num_blocks": 8, "max_batch_tokens": 24}):  # the second preempts
+        found: dict = {}
+        drafted = run(items, found, drafter=lambda token_ids: Reader(token_ids, answers), **limits)
+        for key, output in drafted.items():
+            assert output.token_ids == plain[key].token_ids
+            assert (output.finish_reason, output.stop) == (plain[key].finish_reason, plain[key].stop)
+            for entry, expected in zip(output.logprobs, plain[key].logprobs, strict=True):
+                assert entry.token_id == expected.token_id
+                assert entry.logprob == pytest.approx(expected.logprob, abs=1e-4)
+        stats = found["stats"]
+        assert 0 < stats.num_accepted_tokens < stats.num_draft_tokens
+
+
+def test_prompt_lookup_finds_repetitions_and_saves_steps(run: Run) -> None:
+    """Tiny random models end in loops."""
+    items = [Request("r", prompt(9, 6), SamplingParams(temperature=0, max_tokens=50))]
+    found: dict = {}
+    assert run(items) == run(items, found, drafter=PromptLookup)
+    assert found["stats"].num_accepted_tokens > 5
+    assert found["stats"].num_steps == 50 - found["stats"].num_accepted_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -18,6 +19,9 @@ from turbolm.models.loader import Loader, Progress
 from turbolm.models.null import NULL_VOCABULARY, NullModel
 from turbolm.models.registry import decoder_spec
 from turbolm.models.spec import DecoderSpec
+from turbolm.ops import sampling
+from turbolm.ops.cpu import sampling as native_sampling
+from turbolm.ops.cpu.ops import CpuOps
 from turbolm.ops.select import select_ops
 
 
@@ -50,7 +54,8 @@ def build(
     caches = cache_spec(spec, getattr(torch, config.kv_dtype)).allocate(
         config.num_blocks, config.block_size, ops.device
     )
-    runner = Runner(record(model, caches, config), config.block_size, ops.device, vocab_size)
+    sample_rows = functools.partial(native_sampling.sample, ops.team) if isinstance(ops, CpuOps) else sampling.sample
+    runner = Runner(record(model, caches, config), config.block_size, ops.device, vocab_size, sample_rows)
     return EngineParts(_scheduler(config), runner)
 
 

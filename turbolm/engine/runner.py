@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from turbolm.engine.sampler import Choice, Sampler, token_logprobs
+from turbolm.engine.sampler import Choice, Sampler, SampleRows, token_logprobs
 from turbolm.engine.speculative import num_accepted
 from turbolm.engine.step import ScheduledSequence, Step, StepResult
+from turbolm.ops.sampling import sample
 from turbolm.types import Batch, TokenLogprob
 
 #: The model's step: a batch → float32 logits [r, v] of its `logit_rows`.
@@ -21,13 +22,21 @@ Forward = Callable[[Batch], Tensor]
 class Runner:
     """`forward` is the model's call or a replay of it (engine/graph.py): same batch, same results."""
 
-    def __init__(self, forward: Forward, block_size: int, device: torch.device, vocab_size: int) -> None:
-        """`vocab_size`: tokens that may be chosen; models pad their logits beyond the tokenizer's."""
+    def __init__(
+        self,
+        forward: Forward,
+        block_size: int,
+        device: torch.device,
+        vocab_size: int,
+        sample_rows: SampleRows = sample,
+    ) -> None:
+        """`vocab_size`: tokens that may be chosen; models pad their logits beyond the tokenizer's.
+        `sample_rows` chooses them."""
         self._forward = forward
         self._block_size = block_size
         self._vocab_size = vocab_size
         self._device = device
-        self._sampler = Sampler()
+        self._sampler = Sampler(sample_rows)
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[StepResult]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from typing import NamedTuple
 
@@ -16,10 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from turbolm.errors import EngineError
 from turbolm.ops.sampling import sample
 from turbolm.types import SamplingParams, Sequence, TokenLogprob
 
 _TWO_53 = float(1 << 53)
+
+#: A token per row, as `ops.sampling.sample` defines it, of its arguments. May be -1 where a row has no
+#: distribution.
+SampleRows = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Choice(NamedTuple):
@@ -38,7 +44,8 @@ class Sampler:
     """Chooses a token per row of logits. Keeps what penalties need per sequence, and forgets it
     with the sequence."""
 
-    def __init__(self) -> None:
+    def __init__(self, sample_rows: SampleRows = sample) -> None:
+        self._sample_rows = sample_rows
         self._salt = os.urandom(16)  # makes requests without a seed differ between runs
         self._histories: weakref.WeakKeyDictionary[Sequence, _History] = weakref.WeakKeyDictionary()
 
@@ -61,23 +68,25 @@ class Sampler:
 
     def _draw(self, logits_rv: Tensor, choices: Rows[Choice]) -> list[int]:
         params = [choice.sequence.request.params for choice in choices]
-        if all(p.is_greedy for p in params):
-            return [int(token) for token in logits_rv.argmax(-1).tolist()]
         device = logits_rv.device
 
         def column(name: str, dtype: torch.dtype) -> Tensor:
             return torch.tensor([getattr(p, name) for p in params], dtype=dtype, device=device)
 
-        uniform = torch.tensor([self._uniform(choice) for choice in choices], dtype=torch.float64, device=device)
-        tokens = sample(
-            logits_rv,
+        uniform = [0.0 if p.is_greedy else self._uniform(choice) for p, choice in zip(params, choices, strict=True)]
+        found = self._sample_rows(
+            logits_rv.contiguous(),
             column("temperature", torch.float32),
             column("top_k", torch.int64),
             column("top_p", torch.float32),
             column("min_p", torch.float32),
-            uniform,
+            torch.tensor(uniform, dtype=torch.float64, device=device),
         )
-        return [int(token) for token in tokens.tolist()]
+        tokens = [int(token) for token in found.tolist()]
+        if min(tokens) < 0:
+            broken = choices[tokens.index(min(tokens))].sequence
+            raise EngineError(f"{broken}: the model's logits are not numbers, or every token is banned")
+        return tokens
 
     def _uniform(self, choice: Choice) -> float:
         """A number in [0, 1) that is a function of the request's seed, its index and the position in

@@ -61,7 +61,8 @@ class RopeTable:
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """One layer's part of the KV pool."""
+    """One layer's part of the KV pool. What a block's memory means is the backend's business (the
+    native one keeps keys by dimension): blocks are copied whole or not at all."""
 
     k: Tensor  # [num_blocks, num_kv_heads, block_size, head_dim]
     v: Tensor  # [num_blocks, num_kv_heads, block_size, v_head_dim]

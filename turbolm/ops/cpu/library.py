@@ -114,4 +114,5 @@ class Team:
         dll = library()
         self.num_threads = num_threads
         self.handle: int = dll.turbolm_team_new(num_threads)
-        weakref.finalize(self, dll.turbolm_team_free, self.handle)
+        # At the interpreter's end a thread of the engine may still be computing: the system ends all.
+        weakref.finalize(self, dll.turbolm_team_free, self.handle).atexit = False

@@ -4,7 +4,8 @@ default path against float32 on the same weights, with llama.cpp's own deviation
     python benchmarks/cpu_quality.py [--model NAME_OR_GGUF] [--save NAME]     # llama-cpp-python optional
 
 Perplexity: the text of the GPL 3 in windows of 512 tokens, the second half of each scored. KL: of float32's
-100 likeliest tokens and the rest as one, per scored position of the first four windows. Agreement: of greedy answers of 48 tokens.
+100 likeliest tokens and the rest as one, per scored position of the first four windows.
+Agreement: of greedy answers of 48 tokens.
 """
 
 from __future__ import annotations

@@ -44,9 +44,10 @@ def test_auto_takes_a_gpu_where_there_is_one() -> None:
 def test_speculation_is_on_where_it_pays_and_says_why() -> None:
     assert resolve(EngineConfig(), SMALL, LAPTOP).speculation
     assert not resolve(EngineConfig(speculation="off"), SMALL, LAPTOP).speculation
-    on_gpu = resolve(EngineConfig(), LARGE, SERVER)
-    assert not on_gpu.speculation
-    assert any("speculation off" in reason for reason in on_gpu.reasons)
+    for options, hardware in (({}, SERVER), ({"kernels": "reference"}, LAPTOP)):
+        found = resolve(EngineConfig(**options), SMALL, hardware)
+        assert not found.speculation
+        assert any("speculation off: " in reason for reason in found.reasons)
 
 
 def test_the_context_shrinks_to_the_memory_only_where_nobody_asked_for_it() -> None:

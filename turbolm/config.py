@@ -264,16 +264,17 @@ def resolve(config: EngineConfig, model: ModelNeeds, hardware: Hardware) -> Reso
         block_size=config.block_size,
         num_blocks=pool_tokens // config.block_size,
         prefix_cache=config.prefix_cache,
-        speculation=_speculation(config, on_cpu, reasons),
+        speculation=_speculation(config, backend, reasons),
         reasons=tuple(reasons),
     )
 
 
-def _speculation(config: EngineConfig, on_cpu: bool, reasons: list[str]) -> bool:
+def _speculation(config: EngineConfig, backend: Backend, reasons: list[str]) -> bool:
+    """Whether there are drafts: where kernels give a token the same bits whatever is computed with it."""
     if config.speculation == "off":
         return False
-    if not on_cpu:
-        reasons.append("speculation off: there is none on a GPU yet")
+    if backend.kernels != "native":
+        reasons.append("speculation off: plain PyTorch rounds differently when it computes several tokens at once")
         return False
     reasons.append("speculation by prompt lookup: text that repeats is computed several tokens at a time")
     return True

@@ -114,7 +114,7 @@ def main() -> None:
     for name, value in found.items():
         print(f"{name:34}{value if isinstance(value, str) else f'{value:.4f}'}")
     if options.save:
-        record = {"benchmark": "cpu_quality", "model": options.model, "machine": machine(), "figures": found}
+        record = {"benchmark": "cpu_quality", "model": Path(path).name, "machine": machine(), "figures": found}
         print(f"saved {save(options.save, record)}")
 
 

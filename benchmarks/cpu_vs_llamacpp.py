@@ -4,8 +4,10 @@
     python benchmarks/cpu_vs_llamacpp.py [--model NAME_OR_GGUF] [--rounds 5] [--save NAME]
 
 Each engine lives in a process of its own and waits idle while the other runs. Both decode greedily,
-past end-of-text. llama.cpp is driven through its C interface (llama_decode and its own greedy
-sampler), with flash attention, and with a KV cache large enough for all streams.
+past end-of-text, without speculation on either side (--speculation auto switches turbolm's on: random
+prompts make answers repeat, which flatters it). llama.cpp is driven through its C interface
+(llama_decode and its own greedy sampler), with flash attention, and with a KV cache large enough for
+all streams.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from measure import PREFILL, Workload, decode, machine, run_turbolm, save, summary
@@ -25,10 +28,10 @@ from turbolm.ops.hardware import probe
 
 
 class TurbolmEngine:
-    def __init__(self, path: str, threads: int, max_context: int, max_streams: int) -> None:
+    def __init__(self, path: str, threads: int, max_context: int, max_streams: int, speculation: str) -> None:
         from turbolm import LLM
 
-        size = {"max_context": max_context, "max_batch_size": max_streams}
+        size = {"max_context": max_context, "max_batch_size": max_streams, "speculation": speculation}
         start = time.perf_counter()
         self.llm = LLM(path, progress=False, threads=threads, **size)
         self.load_seconds = time.perf_counter() - start
@@ -43,7 +46,7 @@ class TurbolmEngine:
 class LlamaCppEngine:
     """Prompts of all streams in one batch, then one batch per step with a token of each stream."""
 
-    def __init__(self, path: str, threads: int, max_context: int, max_streams: int) -> None:
+    def __init__(self, path: str, threads: int, max_context: int, max_streams: int, _: str = "off") -> None:
         import llama_cpp
 
         self.lib = llama_cpp
@@ -109,9 +112,9 @@ def _quiet(llama_cpp: Any) -> Any:
 ENGINES = {"turbolm": TurbolmEngine, "llama.cpp": LlamaCppEngine}
 
 
-def serve(name: str, path: str, threads: int, max_context: int, max_streams: int) -> None:
+def serve(name: str, path: str, speculation: str, threads: int, max_context: int, max_streams: int) -> None:
     """The child: a workload per line in, a figure per line out."""
-    engine = ENGINES[name](path, threads, max_context, max_streams)
+    engine = ENGINES[name](path, threads, max_context, max_streams, speculation)
     print(json.dumps({"load_seconds": engine.load_seconds, "version": engine.version()}), flush=True)
     for line in sys.stdin:
         job = json.loads(line)
@@ -144,18 +147,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--contexts", type=int, nargs="*", default=[], help="decode one stream after so many tokens")
+    parser.add_argument("--speculation", choices=("auto", "off"), default="off")
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
-    parser.add_argument("--serve", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs=6, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        name, path, *numbers = options.serve
-        serve(name, path, *(int(n) for n in numbers))
+        name, path, speculation, *numbers = options.serve
+        serve(name, path, speculation, *(int(n) for n in numbers))
         return
     works = [PREFILL, *(decode(n) for n in options.streams), *(decode(1, c, 32) for c in options.contexts)]
     longest = max(work.prompt + work.answer for work in works)
     threads = probe().physical_cores
     path = str(fetch(options.model).path)
-    children = {name: Child(name, path, threads, longest, max(options.streams)) for name in ENGINES}
+    children = {
+        name: Child(name, path, options.speculation, threads, longest, max(options.streams)) for name in ENGINES
+    }
     figures: dict[str, dict[str, list[float]]] = {work.name: {name: [] for name in ENGINES} for work in works}
     for round_ in range(options.rounds + 1):  # the first warms up
         for work in works:
@@ -174,7 +180,8 @@ def main() -> None:
         print(f"{name:34}{summary(ours)['median']:12.1f}{summary(theirs)['median']:12.1f}{ratio['median']:8.2f}x")
     if options.save:
         about = {name: child.about for name, child in children.items()}
-        record = {"benchmark": "cpu_vs_llamacpp", "model": options.model, "threads": threads, "machine": machine()}
+        record = {"benchmark": "cpu_vs_llamacpp", "model": Path(path).name, "machine": machine()}
+        record |= {"threads": threads, "speculation": options.speculation}
         print(f"saved {save(options.save, record | {'engines': about, 'tokens_per_second': rows})}")
 
 

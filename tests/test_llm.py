@@ -76,6 +76,9 @@ def test_stop_strings_end_the_answer_across_tokens(null: LLM) -> None:
     output = null.generate("hello", SamplingParams.of(GREEDY, stop=(stop,)))[0].outputs[0]
     assert output.text == text[: text.index(stop)]
     assert (output.finish_reason, output.stop) == ("stop", stop)
+    usage = output.usage
+    assert usage is not None
+    assert usage.completion_tokens == len(output.token_ids) == text.index(stop) + len(stop)
     kept = null.generate("hello", SamplingParams.of(GREEDY, stop=(stop,), include_stop=True))[0]
     assert kept.text == text[: text.index(stop)] + stop
     late = null.generate("hello", SamplingParams.of(GREEDY, stop=(stop,), min_tokens=24))[0]

@@ -234,13 +234,14 @@ class AsyncLLM:
             self._engine.submit(requests)
             while num_open:
                 output = await route.outputs.get()
-                delta = streams[output.index].push(output)
+                stream = streams[output.index]
+                delta = stream.push(output)
                 if delta is None:
                     continue
                 if delta.is_final:
                     num_open -= 1
-                    if not output.is_final:  # a stop string: the engine doesn't know yet
-                        self._engine.cancel(request_id, output.index)
+                elif stream.is_stopped:
+                    self._engine.cancel(request_id, output.index)
                 yield delta
         finally:
             del self._routes[request_id]

@@ -3,15 +3,15 @@ reasoning, text and tool calls."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from turbolm.text import Detokenizer, PartParser, StopStrings, Tokenizer
-from turbolm.types import FinishReason, Output, Part, Request, ToolCallPart, Usage
+from turbolm.types import Output, Part, Request, ToolCallPart, Usage
 
 
 class AnswerStream:
-    """Turns the engine's outputs for one request (token ids) into outputs with parts. After an output
-    with a `finish_reason` the answer is over: later engine outputs are dropped."""
+    """Turns the engine's outputs for one request (token ids) into outputs with parts.
+
+    At a stop string `is_stopped` becomes true: the caller ends the request, further tokens are
+    dropped, and the engine's final output, whatever its reason, becomes the answer's."""
 
     def __init__(
         self, request: Request, tokenizer: Tokenizer, parser: PartParser, *, is_continuation: bool = False
@@ -32,48 +32,43 @@ class AnswerStream:
         self._num_tokens = 0
         self._has_tool_call = False
 
+    @property
+    def is_stopped(self) -> bool:
+        return self._stops.matched is not None
+
     def push(self, output: Output) -> Output | None:
-        """The same delta with its parts; None where the answer was over already."""
-        if self.is_over:
-            return None
-        stop_from = self.request.params.min_tokens
+        """The same delta with its parts; None where there is nothing to tell."""
+        if self.is_stopped:
+            return self._finish(output._replace(token_ids=(), logprobs=()), []) if output.is_final else None
         parts: list[Part] = []
-        for position, token in enumerate(output.token_ids):
-            self._num_tokens += 1
-            text = self._detokenizer.push([token])
-            if self._num_tokens <= stop_from:
-                parts += self._parser.push(text)
-                continue
-            text, matched = self._stops.push(text)
-            parts += self._parser.push(text)
-            if matched is not None:
-                return self._end_at_stop(output, position + 1, matched, parts)
-        if output.is_final:
-            text, matched = self._stops.push(self._detokenizer.finish())
-            parts += self._parser.push(text if matched else text + self._stops.finish())
+        count = 0
+        for token in output.token_ids:
+            count += 1
+            parts += self._parser.push(self._read(token))
+            if self.is_stopped:
+                break
+        if output.is_final and not self.is_stopped:
+            text, _ = self._stops.push(self._detokenizer.finish())
+            parts += self._parser.push(text if self.is_stopped else text + self._stops.finish())
+        delta = output._replace(token_ids=output.token_ids[:count], logprobs=output.logprobs[:count])
+        if output.is_final or self.is_stopped:
             parts += self._parser.finish()
-            reason = "stop" if matched else output.finish_reason
-            return self._final(output._replace(stop=matched or output.stop), parts, reason)
-        self._note(parts)
-        return output._replace(parts=tuple(parts))
+        self._has_tool_call |= any(isinstance(part, ToolCallPart) for part in parts)
+        return self._finish(delta, parts) if output.is_final else delta._replace(parts=tuple(parts))
 
-    def _end_at_stop(self, output: Output, count: int, matched: str, parts: list[Part]) -> Output:
-        parts += self._parser.finish()
-        cut = output._replace(
-            token_ids=output.token_ids[:count],
-            logprobs=output.logprobs[:count],
-            stop=matched,
-            usage=Usage(len(self.request.prompt_token_ids), self._num_tokens),
-            error=None,
-        )
-        return self._final(cut, parts, "stop")
+    def _read(self, token: int) -> str:
+        """The text that is certain after this token. Stops count from `min_tokens` on."""
+        self._num_tokens += 1
+        text = self._detokenizer.push([token])
+        return text if self._num_tokens <= self.request.params.min_tokens else self._stops.push(text)[0]
 
-    def _final(self, output: Output, parts: list[Part], reason: FinishReason | None) -> Output:
+    def _finish(self, output: Output, parts: list[Part]) -> Output:
         self.is_over = True
-        self._note(parts)
+        reason, usage = output.finish_reason, output.usage
+        if self.is_stopped:
+            num_cached = usage.cached_tokens if usage else 0
+            usage = Usage(len(self.request.prompt_token_ids), self._num_tokens, num_cached)
+            output, reason = output._replace(stop=self._stops.matched, usage=usage, error=None), "stop"
         if reason == "stop" and self._has_tool_call:
             reason = "tool_calls"
         return output._replace(parts=tuple(parts), finish_reason=reason)
-
-    def _note(self, parts: Sequence[Part]) -> None:
-        self._has_tool_call |= any(isinstance(part, ToolCallPart) for part in parts)

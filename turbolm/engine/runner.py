@@ -89,7 +89,8 @@ class Runner:
         )
 
         def tensor(array: np.ndarray[tuple[int, ...], np.dtype[np.int32]]) -> Tensor:
-            return torch.from_numpy(array).to(self._device, non_blocking=True)
+            made = torch.from_numpy(array)
+            return made if self._device.type == "cpu" else made.to(self._device, non_blocking=True)
 
         return Batch(
             token_ids=tensor(token_ids),

@@ -17,7 +17,7 @@ from turbolm.models.decoder import cache_spec, load_decoder
 from turbolm.models.loader import Loader
 from turbolm.models.registry import decoder_spec
 from turbolm.ops.reference import ReferenceOps
-from turbolm.types import Output, Request, SamplingParams
+from turbolm.types import Batch, Output, Request, SamplingParams
 
 BLOCK = 8
 Run = Callable[..., dict[str, Output]]
@@ -196,3 +196,27 @@ def test_prompt_lookup_finds_repetitions_and_saves_steps(run: Run) -> None:
     assert run(items) == run(items, found, drafter=PromptLookup)
     assert found["stats"].num_accepted_tokens > 5
     assert found["stats"].num_steps == 50 - found["stats"].num_accepted_tokens
+
+
+def test_a_request_without_a_distribution_ends_alone(model_and_reference: tuple) -> None:
+    """As with broken weights: the others in its batch go on."""
+    model, _ = model_and_reference
+    caches = cache_spec(model.spec, torch.float32).allocate(16, BLOCK, torch.device("cpu"))
+    scheduler = Scheduler(16, BLOCK, max_batch_size=4, max_batch_tokens=64, max_context=64, max_waiting=10)
+
+    def forward(batch: Batch) -> torch.Tensor:
+        logits = model.forward(batch, caches)
+        logits[batch.token_ids[batch.logit_rows.long()] == 7] = torch.nan
+        return logits
+
+    runner = Runner(forward, BLOCK, torch.device("cpu"), 96)
+    params = SamplingParams(temperature=0, max_tokens=4, logit_bias={7: -100})
+    for name, tokens in {"good": (1, 2, 3), "bad": (1, 2, 7)}.items():
+        scheduler.add(Request(name, tokens, params))
+    final = {}
+    while (step := scheduler.next_batch()) is not None:
+        final |= {o.request_id: o for o in scheduler.update(step, runner.run(step)) if o.is_final}
+    assert final["good"].finish_reason == "length"
+    assert final["bad"].finish_reason == "error"
+    assert "not numbers" in str(final["bad"].error)
+    assert scheduler.stats.num_used_blocks == 0

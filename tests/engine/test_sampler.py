@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turbolm.engine.sampler import Choice, Sampler
-from turbolm.errors import EngineError
 from turbolm.ops.sampling import sample
 from turbolm.types import Request, SamplingParams, Sequence
 
@@ -224,7 +223,11 @@ def test_a_choice_after_drafts_is_that_after_the_same_tokens(params: dict, optio
         assert torch.equal(logits[0], expected[row])
 
 
-def test_logits_without_a_choice_are_an_error() -> None:
-    sampler = Sampler(lambda logits, *_: torch.full((logits.shape[0],), -1))
-    with pytest.raises(EngineError, match=r"Sequence\('r'.*are not numbers"):
-        sampler.sample(LOGITS[None] * math.nan, [Choice(sequence(SamplingParams()))])
+def test_rows_without_a_distribution_are_told_apart_from_the_others() -> None:
+    logits = torch.stack([LOGITS, LOGITS * math.nan, torch.full_like(LOGITS, -math.inf), LOGITS])
+    for temperature in (0.0, 1.0):
+        params = SamplingParams(temperature=temperature, seed=1, logprobs=1)
+        tokens, logprobs = Sampler().sample(logits.clone(), [Choice(sequence(params)) for _ in range(4)])
+        assert tokens[1:3] == [-1, -1]
+        assert tokens[0] == tokens[3] >= 0
+        assert [entry is None for entry in logprobs] == [False, True, True, False]

@@ -12,6 +12,7 @@ from torch import Tensor
 from turbolm.engine.sampler import Choice, Sampler, SampleRows, token_logprobs
 from turbolm.engine.speculative import num_accepted
 from turbolm.engine.step import ScheduledSequence, Step, StepResult
+from turbolm.errors import EngineError
 from turbolm.ops.sampling import sample
 from turbolm.types import Batch, TokenLogprob
 
@@ -135,6 +136,8 @@ def _result(
 ) -> StepResult:
     """`tokens`: chosen after each leading part of the drafts. Those that follow a wrong draft are void."""
     count = num_accepted(item.drafts, tokens) + 1 if tokens else 0
+    if count and tokens[count - 1] < 0:
+        return StepResult(error=EngineError("the model's logits are not numbers, or every token is banned"))
     entries = tuple([entry for entry in logprobs[:count] if entry is not None])
     return StepResult(tuple(tokens[:count]), entries, prompt_logprobs)
 

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from turbolm.errors import EngineError
 from turbolm.ops.sampling import sample
 from turbolm.types import SamplingParams, Sequence, TokenLogprob
 
@@ -50,7 +49,8 @@ class Sampler:
         self._histories: weakref.WeakKeyDictionary[Sequence, _History] = weakref.WeakKeyDictionary()
 
     def sample(self, logits_rv: Tensor, choices: Rows[Choice]) -> tuple[list[int], list[TokenLogprob | None]]:
-        """Each row's token, and its log-probabilities where asked for. May change `logits_rv` (float32)."""
+        """Each row's token, and its log-probabilities where asked for. May change `logits_rv` (float32).
+        -1 where a row has no distribution: its logits are not numbers, or every token is banned."""
         wanted = {
             row: logits_rv[row].clone()  # before adjustments
             for row, choice in enumerate(choices)
@@ -62,6 +62,8 @@ class Sampler:
         tokens = self._draw(logits_rv, choices)
         logprobs: list[TokenLogprob | None] = [None] * len(tokens)
         for row, logits_v in wanted.items():
+            if tokens[row] < 0:
+                continue
             num_top = choices[row].sequence.request.params.logprobs or 0
             logprobs[row] = token_logprobs(logits_v[None], [tokens[row]], num_top)[0]
         return tokens, logprobs
@@ -82,11 +84,7 @@ class Sampler:
             column("min_p", torch.float32),
             torch.tensor(uniform, dtype=torch.float64, device=device),
         )
-        tokens = [int(token) for token in found.tolist()]
-        if min(tokens) < 0:
-            broken = choices[tokens.index(min(tokens))].sequence
-            raise EngineError(f"{broken}: the model's logits are not numbers, or every token is banned")
-        return tokens
+        return [int(token) for token in found.tolist()]
 
     def _uniform(self, choice: Choice) -> float:
         """A number in [0, 1) that is a function of the request's seed, its index and the position in

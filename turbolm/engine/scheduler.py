@@ -403,14 +403,15 @@ class Scheduler:
         if len(results) != len(step.items):
             raise EngineError(f"a step of {len(step.items)} sequences yielded {len(results)} results")
         for item, result in zip(step.items, results, strict=True):
-            item.check(result.token_ids)
+            if result.error is None:
+                item.check(result.token_ids)
         outputs = []
         for job, item, result in zip(self._close_step(step), step.items, results, strict=True):
             job.num_in_flight -= 1
             if job.sequence.finish_reason is not None:  # ended while this step ran
                 self._release_if_over(job)
                 continue
-            output = self._extend(job, item, result)
+            output = self._end(job, "error", error=result.error) if result.error else self._extend(job, item, result)
             if output is not None:
                 outputs.append(output)
         return outputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from turbolm.errors import EngineError
+from turbolm.errors import EngineError, TurbolmError
 from turbolm.types import Sequence, TokenLogprob
 
 
@@ -52,6 +52,8 @@ class StepResult(NamedTuple):
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     """Where asked for: those of prompt tokens start+1 … start+num_new_tokens, as far as these are
     in the prompt; in the first chunk (start 0) preceded by None for token 0."""
+    error: TurbolmError | None = None
+    """Ends this sequence, and no other."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,14 +19,15 @@ _CANDIDATES = 1024
 def sample(
     logits_rv: Tensor, temperature_r: Tensor, top_k_r: Tensor, top_p_r: Tensor, min_p_r: Tensor, uniform_r: Tensor
 ) -> Tensor:
-    """int64 [r] chosen token ids.
+    """int64 [r] chosen token ids; -1 where a row has no distribution (it holds NaN, or nothing above -inf).
 
     float32 temperatures (0: the likeliest token), int64 top_k (0: all), float32 top_p and min_p,
     float64 uniform numbers in [0, 1). Filters apply in the order temperature, top-k, top-p (of what
     top-k left), min-p.
     """
-    greedy = logits_rv.argmax(-1)
-    drawn = temperature_r > 0
+    valid = logits_rv.amax(-1) > -torch.inf  # the largest of a row with NaN is NaN
+    greedy = torch.where(valid, logits_rv.argmax(-1), -1)
+    drawn = (temperature_r > 0) & valid
     if not bool(drawn.any()):
         return greedy
     rows = drawn.nonzero().squeeze(1)

@@ -17,7 +17,7 @@ LEVELS = (
     {"models"},
     {"engine", "compress"},
     {"loading", "stream", "llm"},
-    {"pipeline", "server", "cli", "ui", "bench", "eval", "ladder", "cluster"},
+    {"lmdeploy", "server", "cli", "ui", "bench", "eval", "ladder", "cluster"},
     {"__init__", "__main__"},
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

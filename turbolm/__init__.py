@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from turbolm.config import EngineConfig
     from turbolm.llm import LLM, AsyncLLM
-    from turbolm.pipeline import GenerationConfig, pipeline
+    from turbolm.lmdeploy import GenerationConfig, pipeline
     from turbolm.text import named_template
     from turbolm.types import Completion, Output, SamplingParams, Score
 
@@ -23,13 +23,13 @@ _HOMES = {
     "AsyncLLM": "turbolm.llm",
     "Completion": "turbolm.types",
     "EngineConfig": "turbolm.config",
-    "GenerationConfig": "turbolm.pipeline",
+    "GenerationConfig": "turbolm.lmdeploy",
     "LLM": "turbolm.llm",
     "Output": "turbolm.types",
     "SamplingParams": "turbolm.types",
     "Score": "turbolm.types",
     "named_template": "turbolm.text",
-    "pipeline": "turbolm.pipeline",
+    "pipeline": "turbolm.lmdeploy",
 }
 
 __all__ = [

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from turbolm.errors import ConfigError
-from turbolm.pipeline import GenerationConfig, Pipeline, PytorchEngineConfig, Response, TurbomindEngineConfig, pipeline
+from turbolm.lmdeploy import GenerationConfig, Pipeline, PytorchEngineConfig, Response, TurbomindEngineConfig, pipeline
 
 SHORT = GenerationConfig(max_new_tokens=8)
 
@@ -69,3 +69,10 @@ def test_ppl_is_the_mean_negative_log_likelihood(pipe: Pipeline) -> None:
     ids = [1, 2, 3, 4]
     assert pipe.get_ppl(ids) == [pytest.approx(-pipe.llm.score(ids)[0].log_likelihood / 3)]
     assert len(pipe.get_ppl([ids, ids])) == 2
+
+
+def test_the_names_come_from_turbolm_itself() -> None:
+    import turbolm
+
+    assert turbolm.GenerationConfig is GenerationConfig
+    assert turbolm.pipeline is pipeline

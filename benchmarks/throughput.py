@@ -20,10 +20,11 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--speculation", choices=("auto", "off"), default="off", help="random prompts flatter it")
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     options = parser.parse_args()
     works = [PREFILL, *(decode(streams) for streams in options.streams)]
-    with LLM(options.model) as llm:
+    with LLM(options.model, speculation=options.speculation) as llm:
         results: dict[str, list[float]] = {work.name: [] for work in works}
         for round_ in range(-1, options.rounds):  # the first warms up
             for work in works:

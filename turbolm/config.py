@@ -17,7 +17,6 @@ Kernels = Literal["auto", "native", "reference"]
 Speculation = Literal["auto", "off"]
 
 DEFAULT_MODEL = "smollm2-135m"
-GIB = 1 << 30
 _SIZE_UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 

@@ -59,7 +59,7 @@ def load_model(name: str, config: EngineConfig, progress: bool) -> LoadedModel:
         )
     resolved = resolve(config, model_needs(local.name, checkpoint, spec), hardware)
     with _loading_bar(local.name, progress) as advance:
-        parts = build(checkpoint, resolved, tokenizer.vocab_size, advance)
+        parts = build(checkpoint, spec, resolved, tokenizer.vocab_size, advance)
     eos = (_token_ids(values.get("eos_token_id")) for values in (checkpoint.generation_config, checkpoint.config))
     return LoadedModel(
         name=local.name,

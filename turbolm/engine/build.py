@@ -17,7 +17,6 @@ from turbolm.models.checkpoint import Checkpoint
 from turbolm.models.decoder import cache_spec, load_decoder
 from turbolm.models.loader import Loader, Progress
 from turbolm.models.null import NULL_VOCABULARY, NullModel
-from turbolm.models.registry import decoder_spec
 from turbolm.models.spec import DecoderSpec
 from turbolm.ops import sampling
 from turbolm.ops.cpu import sampling as native_sampling
@@ -33,22 +32,24 @@ class EngineParts:
 
 def model_needs(name: str, checkpoint: Checkpoint, spec: DecoderSpec) -> ModelNeeds:
     """What the model takes, from headers alone."""
-    infos = checkpoint.source.tensors.values()
     return ModelNeeds(
         name=name,
         max_context=spec.max_context,
-        packed_bytes=sum(info.num_bytes for info in infos),
-        num_parameters=sum(math.prod(info.shape) for info in infos),
+        packed_bytes=checkpoint.total_weight_bytes,
+        num_parameters=sum(math.prod(info.shape) for info in checkpoint.source.tensors.values()),
         kv_elements_per_token=sum(layer.elements_per_token for layer in cache_spec(spec, torch.float32).layers),
         num_logits=spec.vocab_size,
     )
 
 
 def build(
-    checkpoint: Checkpoint, config: ResolvedConfig, vocab_size: int, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    spec: DecoderSpec,
+    config: ResolvedConfig,
+    vocab_size: int,
+    progress: Progress | None = None,
 ) -> EngineParts:
     """Load the weights and allocate the KV cache. `vocab_size`: the tokenizer's."""
-    spec = decoder_spec(checkpoint.config)
     ops = select_ops(config.device, config.kernels, config.dtype, unpack=config.unpack, threads=config.threads)
     model = load_decoder(spec, Loader(checkpoint.source, ops, progress), config.max_context)
     caches = cache_spec(spec, getattr(torch, config.kv_dtype)).allocate(

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from turbolm.engine.graph import Forward
 from turbolm.engine.sampler import Choice, Sampler, SampleRows, token_logprobs
 from turbolm.engine.speculative import num_accepted
 from turbolm.engine.step import ScheduledSequence, Step, StepResult
 from turbolm.errors import EngineError
 from turbolm.ops.sampling import sample
 from turbolm.types import Batch, TokenLogprob
-
-#: The model's step: a batch → float32 logits [r, v] of its `logit_rows`.
-Forward = Callable[[Batch], Tensor]
 
 
 class Runner:

@@ -1,4 +1,4 @@
-"""The one linear layer, and the embedding table that shares its weights with a tied head."""
+"""The one linear layer."""
 
 from __future__ import annotations
 

@@ -228,6 +228,9 @@ class Batch:
     num_sequences: int  # s
     max_query: int  # most new tokens of one sequence
     max_context: int  # longest context
+    num_decodes: int = 0  # leading sequences with one new token each
+    chunks: tuple[tuple[int, int, int], ...] = ()
+    """Of the sequences after those: first row in [t], number of rows, context length with these rows."""
 
 
 @dataclass(frozen=True, slots=True)

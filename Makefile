@@ -25,7 +25,7 @@ lint: $(VENV)/.lint-installed  ## ruff, and mypy --strict on the package
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed  ## time this machine: tokens per second of MODEL at several batch sizes
-	@$(BIN)/python benchmarks/throughput.py $${MODEL:+--model "$$MODEL"} $(ARGS)
+	@$(BIN)/turbolm bench throughput $${MODEL:-smollm2-135m} $(ARGS)
 
 doctor: $(VENV)/.installed  ## what turbolm finds on this machine, and what it would use
 	@$(BIN)/turbolm doctor

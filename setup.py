@@ -28,6 +28,7 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefe
 INSTRUCTION_SETS = {
     "x86_64": {
         "avx2": AVX2,
+        "avxvnni": [*AVX2, "-mavxvnni"],
         "avx512": AVX512,
         "avx512vnni": [*AVX512, "-mavx512vnni"],
         "avx512bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],

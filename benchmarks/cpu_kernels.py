@@ -1,25 +1,22 @@
-"""The matrix kernels alone: GB/s of weights at one row, GOP/s at more, per shape and format.
+"""The matrix kernels on random weights of any format: GB/s of weights at one row, GOP/s at more.
 
     python benchmarks/cpu_kernels.py [--threads 2] [--isa avx2] [--rows 1 8 16 512] [--only q4_1]
 
-Each shape exists in as many copies as exceed the caches, multiplied one after the other in one call, as
-a model's layers are. Beside the figures: how fast PyTorch sums a large array, as the memory's limit.
-Best of several short rounds, so that other load on the machine shows little.
+`turbolm bench kernels` does the same for the matrices of a model; here are shapes and formats that no model at hand
+has, and lesser instruction sets.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import os
-import time
-from collections.abc import Callable
 
 import torch
 
-from turbolm.ops.cpu import instructions, library
+from turbolm.bench.limits import measure_limits
+from turbolm.bench.products import Product, time_product
+from turbolm.ops.cpu import library
 from turbolm.ops.cpu.matmul import FORMATS as CODES
-from turbolm.ops.cpu.matmul import PackedLinear, pack, workspace_bytes
+from turbolm.ops.hardware import probe
 from turbolm.quant import FORMATS
 from turbolm.weights import Weight
 
@@ -39,7 +36,6 @@ SHAPES = [
     ("dense", "f16", 2048, 2048),
     ("dense", "f32", 2048, 2048),
 ]
-COLD_BYTES = 160 << 20
 
 
 def random_weight(name: str, n: int, k: int) -> Weight:
@@ -50,92 +46,32 @@ def random_weight(name: str, n: int, k: int) -> Weight:
     return Weight(weight_format, (n, k), {"data": torch.randint(16, 50, (n, width), dtype=torch.uint8)})
 
 
-def best_seconds(call: Callable[[], object], rounds: int, limit: float) -> float:
-    """The shortest of `rounds` calls, or of as many as fit `limit` seconds."""
-    best, start = float("inf"), time.perf_counter()
-    for done in range(rounds):
-        begin = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - begin)
-        if done >= 2 and time.perf_counter() - start > limit:
-            break
-    return best
-
-
-def read_limit(threads: int) -> float:
-    """GB/s."""
-    torch.set_num_threads(threads)
-    x = torch.ones(COLD_BYTES // 4)
-    return COLD_BYTES / best_seconds(x.sum, 20, 1.0) / 1e9
-
-
-class Calls:
-    """One C call that multiplies x with each matrix in turn."""
-
-    def __init__(self, linears: list[PackedLinear], rows: int, team: library.Team) -> None:
-        n, k = linears[0].out_features, linears[0].in_features
-        self._keep = [torch.randn(rows, k), torch.empty(rows, n)]
-        workspace = torch.empty(workspace_bytes(k, rows, team.num_threads) + 64, dtype=torch.uint8)
-        self._keep.append(workspace)
-        self._operations = [
-            instructions.Linear(
-                code=instructions.Linear.opcode,
-                barrier=1,
-                linear=linear.address,
-                x=self._keep[0].data_ptr(),
-                y=self._keep[1].data_ptr(),
-                workspace=-(-workspace.data_ptr() // 64) * 64,
-            )
-            for linear in linears
-        ]
-        self._addresses = (ctypes.c_void_p * len(linears))(*map(ctypes.addressof, self._operations))
-        self._step = instructions.Step(num_tokens=rows)
-        self._team = team
-
-    def __call__(self) -> None:
-        run = library.library().turbolm_run
-        run(self._team.handle, self._addresses, len(self._operations), ctypes.byref(self._step))
-
-
-def measure(name: str, n: int, k: int, rows: list[int], team: library.Team) -> str:
-    weight = random_weight(name, n, k)
-    start = time.perf_counter()
-    first = pack([weight], None)
-    pack_rate = weight.num_bytes / (time.perf_counter() - start) / 1e9
-    assert first is not None
-    linears = [first]
-    while sum(linear.num_bytes for linear in linears) < COLD_BYTES and len(linears) < 512:
-        copy = pack([weight], None)
-        assert copy is not None
-        linears.append(copy)
-    columns = []
-    for count in rows:
-        operations = 2.0 * count * n * k
-        used = linears if count == 1 else linears[: max(1, min(len(linears), int(4e8 / operations)))]
-        seconds = best_seconds(Calls(used, count, team), 60, 2.0) / len(used)
-        if count == 1:
-            columns.append(f"{first.num_bytes / seconds / 1e9:5.1f} GB/s {seconds * 1e6:7.1f} µs")
-        else:
-            columns.append(f"{operations / seconds / 1e9:6.0f}")
-    return "  ".join(columns) + f"   pack {pack_rate:4.2f} GB/s"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--isa", default="", choices=["", "generic", "neon", "avx2", "avx512", "avx512vnni", "amx"])
+    parser.add_argument("--threads", type=int, default=probe().physical_cores)
+    parser.add_argument("--isa", default="", help="one of TURBOLM_ISA's; default: the best")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 16, 64, 512])
     parser.add_argument("--only", default="", choices=["", *CODES])
+    parser.add_argument("--seconds", type=float, default=0.5, help="for each figure")
     options = parser.parse_args()
     if not library.select_isa(options.isa):
         parser.error(f"{options.isa} kernels don't run here; this machine's best are {library.isa()}")
     team = library.Team(options.threads)
-    print(f"{library.isa()}, {options.threads} threads; reading memory: {read_limit(options.threads):.1f} GB/s")
+    limits = measure_limits(options.threads)
+    print(f"{library.isa()}, {options.threads} threads; reading memory: {limits.read[options.threads] / 1e9:.1f} GB/s")
+    print(f"PyTorch's products: int8 {limits.int8 / 1e9:.0f} GOP/s, float32 {limits.float32 / 1e9:.0f} GOP/s")
     print(f"{'':34} rows {options.rows}; GOP/s from 2 on")
     for label, name, n, k in SHAPES:
-        if options.only in ("", name):
-            print(f"{label:17} {name:5} {n:6} x {k:<5}", measure(name, n, k, options.rows, team), flush=True)
-    print(f"reading memory: {read_limit(options.threads):.1f} GB/s")
+        if options.only not in ("", name):
+            continue
+        timings = time_product(Product(label, [random_weight(name, n, k)]), options.rows, team, options.seconds)
+        cells = [
+            f"{timing.bytes_per_second / 1e9:5.1f} GB/s {timing.seconds * 1e6:7.1f} µs"
+            if timing.rows == 1
+            else f"{timing.operations_per_second / 1e9:6.0f}"
+            for timing in timings or ()
+        ]
+        print(f"{label:17} {name:5} {n:6} x {k:<5}", "  ".join(cells) or "no kernels", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cpu_vs_llamacpp import LlamaCppEngine
+from llamacpp import LlamaCppEngine
 from measure import machine, save
 
 from turbolm import LLM, Output, SamplingParams

@@ -1,188 +1,160 @@
-"""turbolm beside llama.cpp on the same GGUF file, the same threads, in alternating rounds.
+"""turbolm beside llama.cpp on the same machine, the same threads, in alternating rounds.
 
     pip install llama-cpp-python          # builds llama.cpp for this machine
-    python benchmarks/cpu_vs_llamacpp.py [--model NAME_OR_GGUF] [--rounds 5] [--save NAME]
+    python benchmarks/cpu_vs_llamacpp.py [--rows shipped requantized] [--model FILE.gguf] [--rounds 5] [--all] [--save]
 
-Each engine lives in a process of its own and waits idle while the other runs. Both decode greedily,
-past end-of-text, without speculation on either side (--speculation auto switches turbolm's on: random
-prompts make answers repeat, which flatters it). llama.cpp is driven through its C interface
-(llama_decode and its own greedy sampler), with flash attention, and with a KV cache large enough for
-all streams.
+Rows, each of a model file for either engine:
+    shipped       the default model's file, the same for both
+    requantized   turbolm with that file, llama.cpp with its fastest: a lossy requantization to Q4_0
+    given         the file of --model, the same for both
+
+Each engine lives in a process of its own and waits idle while the other runs. Both decode greedily, past
+end-of-text, without speculation on either side (--speculation auto switches turbolm's on: random prompts make
+answers repeat, which flatters it). With --save each row goes to benchmarks/results/ after every round, so that a run
+that is cut off keeps what it has.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
+import re
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from measure import PREFILL, Workload, decode, machine, run_turbolm, save, summary
+from children import ENGINES, Child, Setup
+from llamacpp import requantized
+from measure import PREFILL, Workload, decode, machine, save, summary
 
 from turbolm.config import DEFAULT_MODEL
 from turbolm.hub import fetch
 from turbolm.ops.hardware import probe
 
-
-class TurbolmEngine:
-    def __init__(self, path: str, threads: int, max_context: int, max_streams: int, speculation: str) -> None:
-        from turbolm import LLM
-
-        size = {"max_context": max_context, "max_batch_size": max_streams, "speculation": speculation}
-        start = time.perf_counter()
-        self.llm = LLM(path, progress=False, threads=threads, **size)
-        self.load_seconds = time.perf_counter() - start
-
-    def run(self, work: Workload, round_: int) -> float:
-        return run_turbolm(self.llm, work, round_)
-
-    def version(self) -> str:
-        return str(machine()["turbolm"])
+ROWS = ("shipped", "requantized", "given")
+STREAMS, ALL_STREAMS = (1, 16), (1, 2, 4, 8, 16, 32)
+# For the estimate: part of the memory's speed that one stream decodes at, and how much faster all else is by token.
+_SHARE, _GAIN = {"turbolm": 0.7, "llama.cpp": 0.45}, {"turbolm": 5.0, "llama.cpp": 1.5}
+_READ = 15e9  # bytes per second, of a slow machine
 
 
-class LlamaCppEngine:
-    """Prompts of all streams in one batch, then one batch per step with a token of each stream."""
+@dataclass(frozen=True)
+class Row:
+    """One comparison: `files` by engine."""
 
-    def __init__(self, path: str, threads: int, max_context: int, max_streams: int, _: str = "off") -> None:
-        import llama_cpp
-
-        self.lib = llama_cpp
-        start = time.perf_counter()
-        llama_cpp.llama_backend_init()
-        llama_cpp.llama_log_set(_quiet(llama_cpp), None)
-        self.model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx = max_context * max_streams
-        params.n_batch = params.n_ubatch = 512
-        params.n_seq_max = max_streams
-        params.n_threads = params.n_threads_batch = threads
-        params.flash_attn_type = 1  # enabled
-        params.kv_unified = True
-        self.context = llama_cpp.llama_init_from_model(self.model, params)
-        self.load_seconds = time.perf_counter() - start
-        self.memory = llama_cpp.llama_get_memory(self.context)
-        self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
-        self.sampler = llama_cpp.llama_sampler_init_greedy()
-        self.batch = llama_cpp.llama_batch_init(512, 0, 1)
-
-    def run(self, work: Workload, round_: int) -> float:
-        self.lib.llama_memory_clear(self.memory, True)
-        prompts = work.prompts(self.vocab_size, round_)
-        start = time.perf_counter()
-        tokens = [self._prefill(stream, prompt) for stream, prompt in enumerate(prompts)]
-        if work.is_prefill:
-            return work.streams * work.prompt / (time.perf_counter() - start)
-        start = time.perf_counter()
-        for position in range(work.prompt, work.prompt + work.answer - 1):
-            self._fill([(token, position, stream, True) for stream, token in enumerate(tokens)])
-            tokens = [
-                self.lib.llama_sampler_sample(self.sampler, self.context, stream) for stream in range(work.streams)
-            ]
-        return work.streams * (work.answer - 1) / (time.perf_counter() - start)
-
-    def _prefill(self, stream: int, prompt: list[int]) -> int:
-        rows = [(token, i, stream, i == len(prompt) - 1) for i, token in enumerate(prompt)]
-        for first in range(0, len(rows), 512):
-            self._fill(rows[first : first + 512])
-        return int(self.lib.llama_sampler_sample(self.sampler, self.context, -1))
-
-    def _fill(self, rows: list[tuple[int, int, int, bool]]) -> None:
-        batch = self.batch
-        batch.n_tokens = len(rows)
-        for i, (token, position, stream, wants_logits) in enumerate(rows):
-            batch.token[i], batch.pos[i], batch.logits[i] = token, position, wants_logits
-            batch.n_seq_id[i] = 1
-            batch.seq_id[i][0] = stream
-        status = self.lib.llama_decode(self.context, batch)
-        assert status == 0, f"llama_decode returned {status}"
-
-    def version(self) -> str:
-        return f"llama-cpp-python {self.lib.__version__}; {self.lib.llama_print_system_info().decode()}"
+    name: str
+    result: str  # benchmarks/results/<result>.json
+    files: Mapping[str, Path]
 
 
-def _quiet(llama_cpp: Any) -> Any:
-    global _callback  # must outlive the call
-    _callback = llama_cpp.llama_log_callback(lambda *_: None)
-    return _callback
+def rows_of(names: Sequence[str], model: str | None, threads: int) -> list[Row]:
+    shipped = fetch(DEFAULT_MODEL).path
+    rows = []
+    for name in names:
+        if name == "given":
+            assert model is not None
+            ours = theirs = fetch(model).path
+            result = re.sub(r"\W+", "_", ours.stem.lower())
+        else:
+            ours, theirs, result = shipped, shipped, "smollm2"
+            if name == "requantized":
+                theirs, result = requantized(shipped, threads), "smollm2_q4_0"
+        rows.append(Row(name, f"cpu_vs_llamacpp_{result}", dict(zip(ENGINES, (ours, theirs), strict=True))))
+    return rows
 
 
-ENGINES = {"turbolm": TurbolmEngine, "llama.cpp": LlamaCppEngine}
+def estimate(row: Row, works: Sequence[Workload], rounds: int) -> float:
+    """Seconds, roughly."""
+    seconds = 0.0
+    for engine, path in row.files.items():
+        token = path.stat().st_size / _READ / _SHARE[engine]
+        for work in works:
+            alone = work.streams == 1 and not work.is_prefill
+            answers = work.streams * work.answer * token / (1 if alone else _GAIN[engine])
+            seconds += answers + work.streams * work.prompt * token / _GAIN[engine]
+    return (rounds + 1) * seconds
 
 
-def serve(name: str, path: str, speculation: str, threads: int, max_context: int, max_streams: int) -> None:
-    """The child: a workload per line in, a figure per line out."""
-    engine = ENGINES[name](path, threads, max_context, max_streams, speculation)
-    print(json.dumps({"load_seconds": engine.load_seconds, "version": engine.version()}), flush=True)
-    for line in sys.stdin:
-        job = json.loads(line)
-        print(json.dumps(engine.run(Workload(**job["work"]), job["round"])), flush=True)
+class Comparison:
+    """A row under way."""
 
+    def __init__(self, row: Row, works: Sequence[Workload], threads: int, speculation: str) -> None:
+        self.row, self.works = row, works
+        longest = max(work.prompt + work.answer for work in works)
+        streams = max(work.streams for work in works)
+        setups = {name: Setup(str(path), threads, longest, streams, speculation) for name, path in row.files.items()}
+        self.children = {name: Child(name, setup) for name, setup in setups.items()}
+        self.figures: dict[str, dict[str, list[float]]] = {work.name: {name: [] for name in ENGINES} for work in works}
+        self.about = {"threads": threads, "speculation": speculation}
 
-class Child:
-    def __init__(self, name: str, *arguments: object) -> None:
-        command = [sys.executable, __file__, "--serve", name, *(str(a) for a in arguments)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.about = self._answer()
+    def run_round(self, round_: int) -> None:
+        """Round 0 warms up and isn't kept; who begins alternates."""
+        for work in self.works:
+            for name in ENGINES if round_ % 2 else ENGINES[::-1]:
+                value = self.children[name].run(work, round_)
+                if round_:
+                    self.figures[work.name][name].append(value)
 
-    def run(self, work: Workload, round_: int) -> float:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"work": vars(work), "round": round_}) + "\n")
-        self.process.stdin.flush()
-        return float(self._answer())
+    def table(self) -> dict[str, Any]:
+        rows = {}
+        for work, values in self.figures.items():
+            ours, theirs = (values[name] for name in ENGINES)
+            ratio = summary([a / b for a, b in zip(ours, theirs, strict=True)])
+            rows[work] = {"turbolm": summary(ours), "llama.cpp": summary(theirs), "ratio": ratio}
+        return rows
 
-    def _answer(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            sys.exit(f"the engine's process ended with {self.process.wait()}")
-        return json.loads(line)
+    def save(self) -> Path:
+        files = {name: path.stem for name, path in self.row.files.items()}
+        record = {"benchmark": "cpu_vs_llamacpp", "row": self.row.name, "model": files["turbolm"], "files": files}
+        record |= {"machine": machine(), **self.about}
+        record |= {"engines": {name: child.about for name, child in self.children.items()}}
+        return save(self.row.result, record | {"tokens_per_second": self.table()})
+
+    def close(self) -> None:
+        for child in self.children.values():
+            child.close()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, help="default: shipped, requantized, and given with --model")
+    parser.add_argument("--model", help="a model name or GGUF file, for the row 'given'")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument("--contexts", type=int, nargs="*", default=[], help="decode one stream after so many tokens")
+    parser.add_argument("--all", action="store_true", help=f"decode at {ALL_STREAMS} streams, not {STREAMS} only")
     parser.add_argument("--speculation", choices=("auto", "off"), default="off")
-    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
-    parser.add_argument("--serve", nargs=6, help=argparse.SUPPRESS)
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/cpu_vs_llamacpp_*.json")
     options = parser.parse_args()
-    if options.serve:
-        name, path, speculation, *numbers = options.serve
-        serve(name, path, speculation, *(int(n) for n in numbers))
-        return
-    works = [PREFILL, *(decode(n) for n in options.streams), *(decode(1, c, 32) for c in options.contexts)]
-    longest = max(work.prompt + work.answer for work in works)
+    names = options.rows or ("shipped", "requantized", *(["given"] if options.model else []))
+    if options.rounds < 1:
+        parser.error("--rounds takes 1 or more")
+    if "given" in names and not options.model:
+        parser.error("the row 'given' takes --model")
     threads = probe().physical_cores
-    path = str(fetch(options.model).path)
-    children = {
-        name: Child(name, path, options.speculation, threads, longest, max(options.streams)) for name in ENGINES
-    }
-    figures: dict[str, dict[str, list[float]]] = {work.name: {name: [] for name in ENGINES} for work in works}
-    for round_ in range(options.rounds + 1):  # the first warms up
-        for work in works:
-            for name in list(ENGINES) if round_ % 2 else list(ENGINES)[::-1]:
-                value = children[name].run(work, round_)
-                if round_:
-                    figures[work.name][name].append(value)
-    rows = {}
-    print(
-        f"{'tokens per second':34}{'turbolm':>12}{'llama.cpp':>12}{'ratio':>9}   (medians of {options.rounds} rounds)"
-    )
-    for name, values in figures.items():
-        ours, theirs = values["turbolm"], values["llama.cpp"]
-        ratio = summary([a / b for a, b in zip(ours, theirs, strict=True)])
-        rows[name] = {"turbolm": summary(ours), "llama.cpp": summary(theirs), "ratio": ratio}
-        print(f"{name:34}{summary(ours)['median']:12.1f}{summary(theirs)['median']:12.1f}{ratio['median']:8.2f}x")
-    if options.save:
-        about = {name: child.about for name, child in children.items()}
-        record = {"benchmark": "cpu_vs_llamacpp", "model": Path(path).name, "machine": machine()}
-        record |= {"threads": threads, "speculation": options.speculation}
-        print(f"saved {save(options.save, record | {'engines': about, 'tokens_per_second': rows})}")
+    rows = rows_of(names, options.model, threads)
+    works = [PREFILL, *(decode(n) for n in (ALL_STREAMS if options.all else STREAMS))]
+    guesses = [estimate(row, works, options.rounds) for row in rows]
+    print(f"about {max(1, round(sum(guesses) / 60))} min on a slow machine for {', '.join(names)}", flush=True)
+    for row in rows:
+        run_row(Comparison(row, works, threads, options.speculation), options.rounds, options.save)
+
+
+def run_row(comparison: Comparison, rounds: int, keep: bool) -> None:
+    files = comparison.row.files
+    print(f"\n{comparison.row.name}: turbolm {files['turbolm'].name}, llama.cpp {files['llama.cpp'].name}")
+    for round_ in range(rounds + 1):
+        start = time.perf_counter()
+        comparison.run_round(round_)
+        minutes = (time.perf_counter() - start) * (rounds - round_) / 60
+        print(f"round {round_} of {rounds}; {minutes:.1f} min left for this row", file=sys.stderr, flush=True)
+        if keep and round_:
+            comparison.save()
+    print(f"{'tokens per second':34}{'turbolm':>12}{'llama.cpp':>12}{'ratio':>9}   (medians of {rounds} rounds)")
+    for name, found in comparison.table().items():
+        ours, theirs, ratio = (found[key]["median"] for key in (*ENGINES, "ratio"))
+        print(f"{name:34}{ours:12.1f}{theirs:12.1f}{ratio:8.2f}x", flush=True)
+    comparison.close()
 
 
 if __name__ == "__main__":

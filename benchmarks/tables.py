@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
@@ -9,16 +10,26 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PAGES = {"README.md": "en", "README.zh-CN.md": "zh"}
+PAGES = {"README.md": "en", "README.zh-CN.md": "zh", "docs/benchmarks.md": "en"}
 WORDS = {
-    "en": {"workload": "tokens per second", "ratio": "ratio", "on": "on", "cores": "cores"},
-    "zh": {"workload": "每秒词元数", "ratio": "倍数", "on": "机器:", "cores": "核"},
-}
+    "en": {
+        "workload": "tokens per second", "ratio": "ratio", "on": "on", "cores": "cores", "row": "workload",
+        "peer": "best other engine", "limit": "of the limit",
+    },
+    "zh": {
+        "workload": "每秒词元数", "ratio": "倍数", "on": "机器:", "cores": "核", "row": "测试",
+        "peer": "其他引擎最好成绩", "limit": "达到硬件极限的",
+    },
+}  # fmt: skip
 
 
 def result(name: str) -> dict[str, Any]:
     data: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
     return data
+
+
+def has_result(name: str) -> bool:
+    return (ROOT / "benchmarks" / "results" / f"{name}.json").exists()
 
 
 def comparison(name: str, other: str, language: str) -> str:
@@ -34,9 +45,97 @@ def comparison(name: str, other: str, language: str) -> str:
     return "\n".join([*lines, "", f"<sub>{about}</sub>"])
 
 
+#: What the table "llamacpp" shows, as far as it was measured: result, and how llama.cpp's file is called there.
+LLAMACPP_ROWS = {
+    "cpu_vs_llamacpp_smollm2": "llama.cpp",
+    "cpu_vs_llamacpp_smollm2_q4_0": "llama.cpp, Q4_0",
+    "cpu_vs_llamacpp_qwen2_5_coder_0_5b_q4_k_m": "llama.cpp",
+}
+
+
+def against_llamacpp() -> str:
+    """turbolm beside llama.cpp: the same file, its fastest requantization, another model."""
+    lines = ["| model | tokens per second | turbolm | llama.cpp | ratio |", "|---|---|---:|---:|---:|"]
+    for name, other in LLAMACPP_ROWS.items():
+        if not has_result(name):
+            continue
+        record = result(name)
+        for work, values in record["tokens_per_second"].items():
+            ours, theirs, ratio = (values[key]["median"] for key in ("turbolm", "llama.cpp", "ratio"))
+            cells = (record["model"], f"{work} (beside {other})", digits(ours), digits(theirs), f"{ratio:.2f}x")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def cpu_context() -> str:
+    """Decode speed by context (rows) and streams (columns), llama.cpp's in brackets."""
+    rows = result("cpu_context")["tokens_per_second"]
+    cells = {(row["context"], row["streams"]): row for row in rows}
+    contexts, streams = (sorted({key[place] for key in cells}) for place in (0, 1))
+    lines = [f"| context | {' | '.join(f'{count} streams' for count in streams)} |", f"|---:|{'---:|' * len(streams)}"]
+    for context in contexts:
+        found = [cells.get((context, count), {}) for count in streams]
+        texts = [digits(row["turbolm"]["median"]) if "turbolm" in row else "" for row in found]
+        theirs = [f" ({digits(row['llama.cpp']['median'])})" if "llama.cpp" in row else "" for row in found]
+        lines.append(f"| {context:,} | {' | '.join(map(str.__add__, texts, theirs))} |")
+    return "\n".join(lines)
+
+
+def cpu_start() -> str:
+    """Seconds from the start of a process to its first token, and its peak memory."""
+    record = result("cpu_start")
+    lines = ["| | first token, s | import, s | load, s | peak memory, MB |", "|---|---:|---:|---:|---:|"]
+    for name, row in record["engines"].items():
+        seconds = (f"{row[key]['median']:.2f}" if key in row else "" for key in ("start", "import", "load"))
+        peak = f"{row['peak']['median'] / 1e6:.0f}" if "peak" in row else ""
+        lines.append(f"| {' | '.join((name, *seconds, peak))} |")
+    return "\n".join(lines)
+
+
+def digits(value: float) -> str:
+    """Four significant digits, and no fewer than the units."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def gpu_comparison(model: str, language: str) -> str:
+    """turbolm on a GPU beside the best of the other engines and the hardware's limit, from gpu_throughput.py."""
+    record, words = result(f"gpu_{model}"), WORDS[language]
+    heads = (words["row"], "", "turbolm", words["peer"], words["ratio"], words["limit"])
+    lines = [f"| {' | '.join(heads)} |", "|---|---|---:|---:|---:|---:|"]
+    for row in record["rows"]:
+        if row["figure"] is None:
+            continue  # skipped for want of time
+        peer = "" if row["peer"] is None else f"{digits(row['peer_figure'])} ({row['peer']})"
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}x"
+        limit = f"{row['floor_seconds'] / row['seconds']:.0%}"
+        lines.append(f"| {row['name']} | {row['unit']} | {digits(row['figure'])} | {peer} | {ratio} | {limit} |")
+    machine = record["machine"]
+    device = machine["gpus"][0] if machine["gpus"] else machine["cpu"]
+    about = f"{record['model']}, {record['config']['dtype']}, {words['on']} {device}, {machine['date'][:10]}"
+    return "\n".join([*lines, "", f"<sub>{about}</sub>"])
+
+
+def gpu_peers(model: str) -> str:
+    """What the other engines reached, from data/gpu_peers.json."""
+    data = json.loads((ROOT / "benchmarks" / "data" / "gpu_peers.json").read_text())
+    rows = data["models"][model]
+    engines = [name for name in data["engines"] if any(name in row["figures"] for row in rows.values())]
+    lines = [f"| workload | unit | {' | '.join(engines)} |", f"|---|---|{'---:|' * len(engines)}"]
+    for name, row in rows.items():
+        cells = [digits(row["figures"][engine]) if engine in row["figures"] else "" for engine in engines]
+        lines.append(f"| {name} | {row['unit']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+GPU_MODELS = ("llama-3-8b", "llama-2-7b-awq", "qwen3-0.6b")
 TABLES = {
     "llamacpp-smollm2": lambda language: comparison("cpu_vs_llamacpp_smollm2", "llama.cpp", language),
+    "llamacpp": lambda _: against_llamacpp(),
+    "cpu-context": lambda _: cpu_context(),
+    "cpu-start": lambda _: cpu_start(),
     "transformers": lambda language: comparison("vs_transformers", "transformers", language),
+    **{f"gpu-{model}": functools.partial(gpu_comparison, model) for model in GPU_MODELS},
+    **{f"gpu-peers-{model}": lambda _, model=model: gpu_peers(model) for model in GPU_MODELS},
 }
 
 

@@ -8,8 +8,10 @@
 
 namespace turbolm {
 
-// Each includes the ones before it (neon apart).
-enum class Isa : int { generic = 0, neon = 1, avx2 = 2, avx512 = 3, avx512vnni = 4, avx512bf16 = 5, amx = 6 };
+// Each includes the ones before it, but that none includes neon, and of the later ones none avxvnni.
+enum class Isa : int {
+    generic = 0, neon = 1, avx2 = 2, avxvnni = 3, avx512 = 4, avx512vnni = 5, avx512bf16 = 6, amx = 7,
+};
 
 // The best that the processor, the operating system and this build have, or the lesser one that
 // the environment variable TURBOLM_ISA names. Cheap.

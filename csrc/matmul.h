@@ -6,6 +6,12 @@
 // a row of y is bitwise the same whatever the other rows, the number of rows and of threads, and
 // the instruction set (but for the portable kernels on processors without fused multiply-add).
 // Dense weights are multiplied with x itself, in float32, in the order of k.
+//
+// But bf16 weights, where the processor multiplies pairs of bf16 (avx512bf16, amx): there x is rounded to
+// bf16 too, to nearest even, and numbers below the smallest normal float32 count as zero. Products are
+// exact and sums float32, in the instruction's own order: pairs of k in turn (avx512bf16), or the even and
+// the odd ones of 32 values in turn, then both added to the sum (amx). Each of these sets uses its one
+// instruction for any number of rows, so the rule above holds, but for equality between instruction sets.
 #pragma once
 
 #include <cstddef>
@@ -77,13 +83,25 @@ struct MatmulKernels {
     void (*multiply[num_formats])(const MatmulWork& work);
 };
 
+// Products with bf16 weights on instructions for them.
+struct Bf16Kernels {
+    void (*lay_out)(const float* x, int64_t ldx, int64_t k, int rows, int first, int last, uint8_t* tile);
+    void (*multiply)(const MatmulWork& work);
+};
+
 // Quantized rows: for each 32 of k, rows × 32 int8, then five arrays of `rows` entries: float scale,
 // float scale * sum, int32 -128 * sum (of all 32 values, of the first and of the last 16).
 constexpr int64_t quantized_block_bytes = 52;  // per row
 // Dense rows: for each k, `rows` floats.
 static inline int64_t dense_row_bytes(int64_t k) { return 4 * (k + k % 2); }
 static inline int64_t quantized_row_bytes(int64_t k) { return k / 32 * quantized_block_bytes; }
+// Rows of bf16: for each 32 of k, rows × 32 bf16; the last 32 are filled with zeros.
+static inline int64_t bf16_row_bytes(int64_t k) { return (k + 31) / 32 * 64; }
 
-extern const MatmulKernels matmul_generic, matmul_avx2, matmul_avx512, matmul_avx512vnni, matmul_neon;
+extern const MatmulKernels matmul_generic, matmul_avx2, matmul_avxvnni, matmul_avx512, matmul_avx512vnni, matmul_neon;
+// For min_tile_rows rows and more, quantized formats alone: the same results as matmul_avx512vnni.
+extern const MatmulKernels matmul_amx;
+constexpr int64_t min_tile_rows = 8;
+extern const Bf16Kernels bf16_avx512, bf16_amx;
 
 }  // namespace turbolm

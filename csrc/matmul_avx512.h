@@ -21,6 +21,7 @@ struct Vector {
 
     static Float zero() { return _mm512_setzero_ps(); }
     static Float set(float value) { return _mm512_set1_ps(value); }
+    static Float set(int32_t value) { return _mm512_cvtepi32_ps(_mm512_set1_epi32(value)); }
     static Float load(const float* from) { return _mm512_loadu_ps(from); }
     static __mmask16 first_lanes(int64_t count) {
         return static_cast<__mmask16>(count >= lanes ? 0xffff : (1 << count) - 1);
@@ -44,6 +45,11 @@ struct Vector {
     static Float load_u8(const uint8_t* from) {
         return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
     }
+    static void load_u4_pairs(const uint8_t* from, Float& low, Float& high) {
+        const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+        low = _mm512_cvtepi32_ps(_mm512_and_si512(both, _mm512_set1_epi32(15)));
+        high = _mm512_cvtepi32_ps(_mm512_srli_epi32(both, 4));
+    }
     static Float load_i8(const uint8_t* from) {
         return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
     }
@@ -53,6 +59,7 @@ struct Vector {
         odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
     }
 
+    static Bytes zero_bytes() { return _mm512_setzero_si512(); }
     static Bytes load_bytes(const uint8_t* from) { return _mm512_loadu_si512(from); }
     static Bytes low_nibbles(Bytes bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
     static Bytes high_nibbles(Bytes bytes) { return low_nibbles(_mm512_srli_epi16(bytes, 4)); }
@@ -81,7 +88,7 @@ struct Vector {
     template <int zero>
     static Int start(const int32_t* sum_128) {
         if constexpr (zero == 0) return _mm512_setzero_si512();
-        constexpr int shift = zero == 128 ? 0 : zero == 32 ? 2 : zero == 16 ? 3 : 4;
+        constexpr int shift = zero == 0 ? 0 : 7 - __builtin_ctz(zero);
         return _mm512_srai_epi32(_mm512_set1_epi32(*sum_128), shift);
     }
     template <int largest>
@@ -113,7 +120,7 @@ struct Vector {
     template <int zero>
     static Int start(const int32_t* sum_128) {
         if constexpr (zero == 0 || zero == 128) return _mm512_setzero_si512();
-        constexpr int shift = zero == 32 ? 2 : zero == 16 ? 3 : 4;
+        constexpr int shift = zero == 0 ? 0 : 7 - __builtin_ctz(zero);
         return _mm512_srai_epi32(_mm512_set1_epi32(*sum_128), shift);
     }
     static Int pairs_to_int(Int pairs) { return _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)); }

@@ -1,5 +1,5 @@
 #include "matmul_avx512.h"
-#include "matmul_kernel.h"
+#include "matmul_table.h"
 
 namespace turbolm {
 

@@ -16,6 +16,7 @@ struct Vector {
 
     static Float zero() { return Float{}; }
     static Float set(float value) { return Float{} + value; }
+    static Float set(int32_t value) { return Float{} + static_cast<float>(value); }
     static Float load(const float* from) {
         Float result;
         __builtin_memcpy(&result, from, sizeof(result));
@@ -64,6 +65,11 @@ struct Vector {
     static Float load_u8(const uint8_t* from) {
         return __builtin_convertvector((Int{from[0], from[1], from[2], from[3]}), Float);
     }
+    static void load_u4_pairs(const uint8_t* from, Float& low, Float& high) {
+        const Int both{from[0], from[1], from[2], from[3]};
+        low = __builtin_convertvector(both & 15, Float);
+        high = __builtin_convertvector(both >> 4, Float);
+    }
     static Float load_i8(const uint8_t* from) {
         return load_u8(from) - __builtin_convertvector((Int{from[0], from[1], from[2], from[3]} & 128) * 2, Float);
     }
@@ -73,6 +79,7 @@ struct Vector {
         odd = reinterpret_cast<Float>(pairs & 0xffff0000u);
     }
 
+    static Bytes zero_bytes() { return Bytes{}; }
     static Bytes load_bytes(const uint8_t* from) {
         Bytes result;
         __builtin_memcpy(&result, from, sizeof(result));
@@ -146,7 +153,7 @@ struct Vector {
 }  // namespace
 }  // namespace turbolm
 
-#include "matmul_kernel.h"
+#include "matmul_table.h"
 
 namespace turbolm {
 

@@ -1,6 +1,6 @@
-// The matrix kernels of one instruction set, written once over its `Vector`.
+// Products with few rows, written once over the `Vector` of an instruction set.
 //
-// A file matmul_<isa>.cpp defines `struct Vector` in an unnamed namespace, includes this header and
+// A file matmul_<isa>.cpp defines `struct Vector` in an unnamed namespace, includes matmul_table.h and
 // exports `make_kernels()`. Everything here has internal linkage on purpose: the same source is
 // compiled with several sets of flags, and the linker must never merge the results. For the same
 // reason no inline function of another header is called here, the standard library's included.
@@ -16,6 +16,8 @@
 //   load_some(p, n), store_some(p, v, n)   the first n lanes; n may be below 0 or above `lanes`
 //   insert<s, mask>(q, b)   q | ((b << s) & mask), bytewise; s may be negative
 //   broadcast, dot_quads, min_panel_byte     where TURBOLM_MATMUL_PANELS is defined (matmul_panel.h)
+//   set(v)                  a float or an int32 in all lanes, as float
+//   load_u4_pairs(p, l, h)  low and high halves of `lanes` bytes, as floats
 //   quantize_block(x, q)    32 floats to int8; returns the scale and the sums of both halves
 #pragma once
 
@@ -68,14 +70,34 @@ struct Dots {
     }
 };
 
+// The sum of a row after one block. `dots`: products of the bytes with x, less the zero point, of all 32
+// values or of each half; `scale`: the row's in the block of x, whose other factors are `stride` apart.
+template <class Format>
+TURBOLM_INLINE Float add_block(Float sum, const Int* dots, const Unpacked& w, const float* scale, int64_t stride) {
+    const Float x_scale = Vector::set(scale[0]);
+    if constexpr (Format::has_halves) {
+        Float product = Vector::multiply(Vector::to_float(dots[0]), w.scale[0]);
+        product = Vector::fma(Vector::to_float(dots[1]), w.scale[1], product);
+        if constexpr (Format::has_minimum) {
+            const int32_t* halves = reinterpret_cast<const int32_t*>(scale + 3 * stride);  // -128 * sum(x)
+            const Float part = Vector::set(-1.0f / 128);
+            product = Vector::fma(Vector::multiply(w.minimum[0], part), Vector::set(halves[0]), product);
+            product = Vector::fma(Vector::multiply(w.minimum[1], part), Vector::set(halves[stride]), product);
+        }
+        return Vector::fma(product, x_scale, sum);
+    }
+    sum = Vector::fma(Vector::multiply(Vector::to_float(dots[0]), x_scale), w.scale[0], sum);
+    if constexpr (Format::has_minimum) sum = Vector::fma(w.minimum[0], Vector::set(scale[stride]), sum);
+    return sum;
+}
+
 template <class Format, int R>
 TURBOLM_INLINE void multiply_block(const Unpacked& w, int part, const uint8_t* block, const TileRows& rows,
                                    Sums<R>& sums) {
     const int64_t stride = rows.stride;
     const int8_t* x = reinterpret_cast<const int8_t*>(block) + 32 * rows.first;
     const float* scale = reinterpret_cast<const float*>(block + 32 * stride) + rows.first;
-    const float* scaled_sum = scale + stride;
-    const int32_t* zeros = reinterpret_cast<const int32_t*>(scaled_sum + stride);
+    const int32_t* zeros = reinterpret_cast<const int32_t*>(scale + 2 * stride);
     constexpr int step = R % 2 == 0 ? 2 : 1;
 #pragma GCC unroll 16
     for (int first = 0; first < R; first += step) {
@@ -83,15 +105,12 @@ TURBOLM_INLINE void multiply_block(const Unpacked& w, int part, const uint8_t* b
 #pragma GCC unroll 2
         for (int r = 0; r < step; ++r) {
             Float& sum = sums.of[first + r][part];
-            const Float x_scale = Vector::set(scale[first + r]);
             if constexpr (Format::has_halves) {
-                Float product = Vector::multiply(Vector::to_float(dots.low[r]), w.d);
-                product = Vector::fma(Vector::to_float(dots.high[r]), w.m, product);
-                sum = Vector::fma(product, x_scale, sum);
+                const Int halves[] = {dots.low[r], dots.high[r]};
+                sum = add_block<Format>(sum, halves, w, scale + first + r, stride);
             } else {
-                const Float dot = Vector::to_float(Vector::add(dots.low[r], dots.high[r]));
-                sum = Vector::fma(Vector::multiply(dot, x_scale), w.d, sum);
-                if constexpr (Format::has_minimum) sum = Vector::fma(w.m, Vector::set(scaled_sum[first + r]), sum);
+                const Int dot = Vector::add(dots.low[r], dots.high[r]);
+                sum = add_block<Format>(sum, &dot, w, scale + first + r, stride);
             }
         }
     }
@@ -193,16 +212,6 @@ void multiply_group(const MatmulWork& work) {
     }
 }
 
-}  // namespace
-}  // namespace turbolm
-
-#ifdef TURBOLM_MATMUL_PANELS
-#include "matmul_panel.h"
-#endif
-
-namespace turbolm {
-namespace {
-
 // The part of the work with `columns` columns from `column` on and `rows` rows from `row` on.
 template <class Kernel>
 MatmulWork part_of(const MatmulWork& work, int64_t column, int64_t columns, int64_t row, int64_t rows) {
@@ -214,56 +223,6 @@ MatmulWork part_of(const MatmulWork& work, int64_t column, int64_t columns, int6
     if (work.bias != nullptr) part.bias += column;
     part.y += row * work.ldy + column;
     return part;
-}
-
-template <class Kernel>
-void multiply(const MatmulWork& work) {
-    int64_t done = 0;
-#ifdef TURBOLM_MATMUL_PANELS
-    if constexpr (has_panels<Kernel>) {
-        constexpr int64_t width = panel_groups * group_rows;
-        for (; work.rows >= min_panel_rows && work.columns - done > group_rows; done += width) {
-            const int64_t columns = work.columns - done < width ? work.columns - done : width;
-            for (int64_t row = 0; row < work.rows; row += panel_rows) {
-                const int64_t rows = work.rows - row < panel_rows ? work.rows - row : panel_rows;
-                multiply_panel(Kernel{}, part_of<Kernel>(work, done, columns, row, rows));
-            }
-        }
-    }
-#endif
-    for (; done < work.columns; done += group_rows) {
-        const int64_t columns = work.columns - done < group_rows ? work.columns - done : group_rows;
-        multiply_group<Kernel>(part_of<Kernel>(work, done, columns, 0, work.rows));
-    }
-}
-
-void quantize(const float* x, int64_t ldx, int64_t k, int rows, int first, int last, uint8_t* tile) {
-    const int64_t stride = rows;
-    for (int64_t row = first; row < last; ++row) {
-        const float* from = x + row * ldx;
-        uint8_t* block = tile;
-        for (int64_t done = 0; done < k; done += 32, from += 32, block += quantized_block_bytes * stride) {
-            int32_t low, high;
-            const float scale = Vector::quantize_block(from, reinterpret_cast<int8_t*>(block) + 32 * row, &low, &high);
-            float* scales = reinterpret_cast<float*>(block + 32 * stride) + row;
-            int32_t* zeros = reinterpret_cast<int32_t*>(scales + 2 * stride);
-            scales[0] = scale;
-            scales[stride] = scale * static_cast<float>(low + high);
-            zeros[0] = -128 * (low + high);
-            zeros[stride] = -128 * low;
-            zeros[2 * stride] = -128 * high;
-        }
-    }
-}
-
-constexpr MatmulKernels make_kernels() {
-    return {
-        quantize,
-        {multiply<Dense<F32>>, multiply<Dense<F16>>, multiply<Dense<Bf16>>, multiply<Quantized<Q4_0>>,
-         multiply<Quantized<Q4_1>>, multiply<Quantized<Q5_0>>, multiply<Quantized<Q5_1>>, multiply<Quantized<Q8_0>>,
-         multiply<Quantized<Iq4Nl>>, multiply<Quantized<Q4_K>>, multiply<Quantized<Q5_K>>, multiply<Quantized<Q6_K>>,
-         multiply<Quantized<Iq4Xs>>},
-    };
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ struct Vector {
 
     static Float zero() { return vdupq_n_f32(0.0f); }
     static Float set(float value) { return vdupq_n_f32(value); }
+    static Float set(int32_t value) { return vcvtq_f32_s32(vdupq_n_s32(value)); }
     static Float load(const float* from) { return vld1q_f32(from); }
     static Float load_some(const float* from, int64_t count) {
         if (count >= lanes) return load(from);
@@ -47,6 +48,11 @@ struct Vector {
     static Float load_u8(const uint8_t* from) {
         return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(load_4(from)))));
     }
+    static void load_u4_pairs(const uint8_t* from, Float& low, Float& high) {
+        const uint32x4_t both = vmovl_u16(vget_low_u16(vmovl_u8(load_4(from))));
+        low = vcvtq_f32_u32(vandq_u32(both, vdupq_n_u32(15)));
+        high = vcvtq_f32_u32(vshrq_n_u32(both, 4));
+    }
     static Float load_i8(const uint8_t* from) {
         return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(load_4(from))))));
     }
@@ -56,6 +62,7 @@ struct Vector {
         odd = vreinterpretq_f32_u32(vandq_u32(pairs, vdupq_n_u32(0xffff0000u)));
     }
 
+    static Bytes zero_bytes() { return vdupq_n_u8(0); }
     static Bytes load_bytes(const uint8_t* from) { return vld1q_u8(from); }
     static Bytes low_nibbles(Bytes bytes) { return vandq_u8(bytes, vdupq_n_u8(15)); }
     static Bytes high_nibbles(Bytes bytes) { return vshrq_n_u8(bytes, 4); }
@@ -75,7 +82,7 @@ struct Vector {
         if constexpr (zero == 0 || zero == 128) {
             return vdupq_n_s32(0);
         } else {
-            return vshrq_n_s32(vdupq_n_s32(*sum_128), zero == 32 ? 2 : zero == 16 ? 3 : 4);
+            return vshrq_n_s32(vdupq_n_s32(*sum_128), 7 - __builtin_ctz(zero));
         }
     }
     // The instruction takes signed bytes: small ones are signed already.
@@ -137,7 +144,7 @@ struct Vector {
 }  // namespace
 }  // namespace turbolm
 
-#include "matmul_kernel.h"
+#include "matmul_table.h"
 
 namespace turbolm {
 

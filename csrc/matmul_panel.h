@@ -21,9 +21,10 @@ constexpr bool has_panels = true;
 template <class Format>
 constexpr bool has_panels<Quantized<Format>> = Format::largest >= Vector::min_panel_byte;
 
+template <int num_rows>
 struct Panel {
     Unpacked weights[panel_blocks][panel_groups];
-    Float sums[panel_rows][panel_groups];
+    Float sums[num_rows][panel_groups];
 };
 
 template <int R>
@@ -41,23 +42,21 @@ TURBOLM_INLINE void store_pair(const Float (*sums)[panel_groups], const float* b
 
 // Adds to the sums of R rows one block of both groups.
 template <class Format, int R>
-TURBOLM_INLINE void add_block(const Unpacked* w, const uint8_t* block, const TileRows& rows,
+TURBOLM_INLINE void multiply_blocks(const Unpacked* w, const uint8_t* block, const TileRows& rows,
                               Float (*sums)[panel_groups]) {
     const int64_t stride = rows.stride;
     const int8_t* x = reinterpret_cast<const int8_t*>(block) + 32 * rows.first;
     const float* scale = reinterpret_cast<const float*>(block + 32 * stride) + rows.first;
-    const float* scaled_sum = scale + stride;
-    const int32_t* zeros = reinterpret_cast<const int32_t*>(scaled_sum + stride);
+    const int32_t* zeros = reinterpret_cast<const int32_t*>(scale + 2 * stride);
     constexpr int halves = Format::has_halves ? 2 : 1;
     constexpr int quads = 8 / halves;  // in an integer sum
-    Float products[R][panel_groups];
+    Int dots[R][panel_groups][halves];
 #pragma GCC unroll 2
     for (int half = 0; half < halves; ++half) {
-        Int dots[R][panel_groups];
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-            dots[r][0] = Vector::start<Format::zero>(zeros + (halves == 2 ? (1 + half) * stride : 0) + r);
-            dots[r][1] = dots[r][0];
+            const int32_t* zero = zeros + (halves == 2 ? (1 + half) * stride : 0) + r;
+            dots[r][0][half] = dots[r][1][half] = Vector::start<Format::zero>(zero);
         }
 #pragma GCC unroll 8
         for (int j = half * quads; j < (half + 1) * quads; ++j) {
@@ -65,35 +64,23 @@ TURBOLM_INLINE void add_block(const Unpacked* w, const uint8_t* block, const Til
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
                 const Bytes quad = Vector::broadcast(x + 32 * r + 4 * j);
-                dots[r][0] = Vector::dot_quads<Format::largest>(dots[r][0], left, quad);
-                dots[r][1] = Vector::dot_quads<Format::largest>(dots[r][1], right, quad);
+                dots[r][0][half] = Vector::dot_quads<Format::largest>(dots[r][0][half], left, quad);
+                dots[r][1][half] = Vector::dot_quads<Format::largest>(dots[r][1][half], right, quad);
             }
         }
+    }
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-            for (int group = 0; group < panel_groups; ++group) {
-                const Float dot = Vector::to_float(dots[r][group]);
-                const Float x_scale = Vector::set(scale[r]);
-                Float& product = products[r][group];
-                if constexpr (halves == 2) {
-                    product = half == 0 ? Vector::multiply(dot, w[group].d) : Vector::fma(dot, w[group].m, product);
-                    if (half == 1) sums[r][group] = Vector::fma(product, x_scale, sums[r][group]);
-                } else {
-                    product = Vector::fma(Vector::multiply(dot, x_scale), w[group].d, sums[r][group]);
-                    if constexpr (Format::has_minimum) {
-                        product = Vector::fma(w[group].m, Vector::set(scaled_sum[r]), product);
-                    }
-                    sums[r][group] = product;
-                }
-            }
+        for (int group = 0; group < panel_groups; ++group) {
+            sums[r][group] = add_block<Format>(sums[r][group], dots[r][group], w[group], scale + r, stride);
         }
     }
 }
 
 // Adds to the sums of a tile the unpacked blocks; x is the tile's first of these blocks.
 template <class Format, int R>
-TURBOLM_INLINE void add_rows(const Panel& panel, int blocks, const uint8_t* x, TileRows& rows,
+TURBOLM_INLINE void add_rows(const Unpacked (*weights)[panel_groups], int blocks, const uint8_t* x, TileRows& rows,
                              Float (*sums)[panel_groups]) {
     for (; rows.stride - rows.first >= R; rows.first += R) {
         const uint8_t* at = x;
@@ -101,24 +88,27 @@ TURBOLM_INLINE void add_rows(const Panel& panel, int blocks, const uint8_t* x, T
             const uint8_t* next = at + quantized_block_bytes * rows.stride;
             for (int64_t line = 0; line < 32 * R; line += 64) Vector::prefetch(next + 32 * rows.first + line);
             for (int64_t line = 0; line < 256; line += 64) Vector::prefetch(next + 32 * rows.stride + line);
-            add_block<Format, R>(panel.weights[block], at, rows, sums + rows.first);
+            multiply_blocks<Format, R>(weights[block], at, rows, sums + rows.first);
             at = next;
         }
     }
 }
 
+// Up to panel_blocks blocks of `groups` groups from first_block on; returns how many.
 template <class Format>
-int unpack_groups(const uint8_t* group, int64_t group_bytes, int64_t first_block, int64_t num_blocks, Panel& panel) {
+int unpack_groups(const uint8_t* group, int groups, int64_t k, int64_t first_block,
+                  Unpacked (*weights)[panel_groups]) {
+    const int64_t num_blocks = k / 32, group_bytes = Quantized<Format>::group_bytes(k);
     const int64_t left = num_blocks - first_block;
     const int count = left < panel_blocks ? static_cast<int>(left) : panel_blocks;
     constexpr int64_t whole_bytes = Format::header_bytes + Format::sub_blocks * Format::sub_bytes;
-    for (int i = 0; i < panel_groups; ++i) {
+    for (int i = 0; i < groups; ++i) {
         const uint8_t* w = group + i * group_bytes + first_block / Format::sub_blocks * whole_bytes;
         Header header = Format::header(w, 0);
         w += Format::header_bytes;
         for (int block = 0; block < count; ++block, w += Format::sub_bytes) {
             for (int line = 0; line < Format::sub_bytes; line += 64) Vector::prefetch(w + prefetch_distance + line);
-            Format::load(w, 0, header, panel.weights[block][i]);
+            Format::load(w, 0, header, weights[block][i]);
         }
     }
     return count;
@@ -128,20 +118,20 @@ int unpack_groups(const uint8_t* group, int64_t group_bytes, int64_t first_block
 template <class Format>
 void multiply_panel(Quantized<Format> kernel, const MatmulWork& work) {
     static_assert(panel_blocks % Format::sub_blocks == 0);
-    Panel panel;
+    Panel<panel_rows> panel;
     for (int64_t row = 0; row < work.rows; ++row) panel.sums[row][0] = panel.sums[row][1] = Vector::zero();
     const int64_t num_blocks = work.k / 32;
     for (int64_t block = 0; block < num_blocks; block += panel_blocks) {
-        const int count = unpack_groups<Format>(work.packed, kernel.group_bytes(work.k), block, num_blocks, panel);
+        const int count = unpack_groups<Format>(work.packed, panel_groups, work.k, block, panel.weights);
         for (int64_t row = 0; row < work.rows; row += tile_rows) {
             const int64_t stride = work.rows - row < tile_rows ? work.rows - row : tile_rows;
             const uint8_t* tile = work.tiles + row * kernel.row_bytes(work.k);
             const uint8_t* x = tile + block * quantized_block_bytes * stride;
             TileRows rows{tile, stride, 0};
-            if constexpr (!Format::has_halves) add_rows<Format, 8>(panel, count, x, rows, panel.sums + row);
-            add_rows<Format, 4>(panel, count, x, rows, panel.sums + row);
-            add_rows<Format, 2>(panel, count, x, rows, panel.sums + row);
-            add_rows<Format, 1>(panel, count, x, rows, panel.sums + row);
+            if constexpr (!Format::has_halves) add_rows<Format, 8>(panel.weights, count, x, rows, panel.sums + row);
+            add_rows<Format, 4>(panel.weights, count, x, rows, panel.sums + row);
+            add_rows<Format, 2>(panel.weights, count, x, rows, panel.sums + row);
+            add_rows<Format, 1>(panel.weights, count, x, rows, panel.sums + row);
         }
     }
     for (int64_t row = 0; row < work.rows; ++row) {

@@ -168,6 +168,9 @@ extern const Kernels kernels_avx2;
 #if defined(TURBOLM_BUILD_AVX512)
 extern const Kernels kernels_avx512;
 #endif
+#if defined(TURBOLM_BUILD_NEON)
+extern const Kernels kernels_neon;
+#endif
 
 const Kernels& kernels();  // of isa()
 

@@ -22,6 +22,8 @@ constexpr FormatLayout layouts[num_formats] = {
     {256, 176, 2880, false},     // q5_k
     {256, 210, 3360, false},     // q6_k
     {256, 136, 2208, false},     // iq4_xs
+    {256, 84, 1344, false},      // q2_k
+    {256, 110, 1824, false},     // q3_k
 };
 
 float half_to_float(uint16_t half) {
@@ -57,7 +59,7 @@ void put_nibbles(uint8_t* quads, int row, const uint8_t* nibbles) {
     for (int quad = 0; quad < 4; ++quad) put_word(quads + 64 * quad, row, word_at(nibbles, quad));
 }
 
-// The fifth bits of 32 values: bit i of `bits` to bit i / 4 of byte i % 4.
+// The highest bits of 32 values: bit i of `bits` to bit i / 4 of byte i % 4.
 void put_high_bits(uint8_t* target, int row, uint32_t bits) {
     uint32_t result = 0;
     for (int quad = 0; quad < 8; ++quad) {
@@ -65,6 +67,24 @@ void put_high_bits(uint8_t* target, int row, uint32_t bits) {
         result |= ((nibble * 0x00204081u) & 0x01010101u) << quad;  // one bit to each byte
     }
     put_word(target, row, result);
+}
+
+// Bit `index` of each of 32 bytes, as the highest bits of 32 values.
+void put_bits_of_bytes(uint8_t* target, int row, const uint8_t* bytes, int index) {
+    uint32_t bits = 0;
+    for (int quad = 0; quad < 8; ++quad) bits |= ((word_at(bytes, quad) >> index) & 0x01010101u) << quad;
+    put_word(target, row, bits);
+}
+
+// Two bits of each of 32 bytes, from bit `shift` on, to four quads in each of two lines.
+void put_bit_pairs(uint8_t* target, int row, const uint8_t* source, int shift) {
+    for (int half = 0; half < 2; ++half) {
+        uint32_t bits = 0;
+        for (int quad = 0; quad < 4; ++quad) {
+            bits |= ((word_at(source, 4 * half + quad) >> shift) & 0x03030303u) << (2 * quad);
+        }
+        put_word(target + 64 * half, row, bits);
+    }
 }
 
 // The 6-bit scale and minimum of sub-block `index` of a q4_k or q5_k block.
@@ -135,16 +155,13 @@ void pack_q4_k(const uint8_t* source, int row, uint8_t* target) {
 void pack_q5_k(const uint8_t* source, int row, uint8_t* target) {
     put_half(target, row, source);
     put_half(target + 32, row, source + 2);
-    const uint8_t* high = source + 16;
     for (int sub = 0; sub < 8; ++sub) {
         uint8_t* to = target + 64 + 352 * sub;
         uint8_t nibbles[16];
         read_scale_min(source + 4, sub, to + row, to + 16 + row);
         gather_nibbles(source + 48 + 32 * (sub / 2), sub % 2, nibbles);
         put_nibbles(to + 32, row, nibbles);
-        uint32_t bits = 0;
-        for (int quad = 0; quad < 8; ++quad) bits |= ((word_at(high, quad) >> sub) & 0x01010101u) << quad;
-        put_word(to + 288, row, bits);
+        put_bits_of_bytes(to + 288, row, source + 16, sub);
     }
 }
 
@@ -154,21 +171,44 @@ void pack_q6_k(const uint8_t* source, int row, uint8_t* target) {
     put_half(target, row, source + 208);
     for (int sub = 0; sub < 8; ++sub) {
         const uint8_t* low = source + 64 * (sub / 4) + 32 * (sub % 2);
-        const uint8_t* high = source + 128 + 32 * (sub / 4);
-        const int shift = 2 * (sub % 4);
         uint8_t* to = target + 32 + 416 * sub;
         uint8_t nibbles[16];
         to[row] = source[192 + 2 * sub];
         to[16 + row] = source[192 + 2 * sub + 1];
         gather_nibbles(low, sub % 4 >= 2, nibbles);
         put_nibbles(to + 32, row, nibbles);
-        for (int half = 0; half < 2; ++half) {
-            uint32_t bits = 0;
-            for (int quad = 0; quad < 4; ++quad) {
-                bits |= ((word_at(high, 4 * half + quad) >> shift) & 0x03030303u) << (2 * quad);
-            }
-            put_word(to + 288 + 64 * half, row, bits);
-        }
+        put_bit_pairs(to + 288, row, source + 128 + 32 * (sub / 4), 2 * (sub % 4));
+    }
+}
+
+// q2_k: halves of 128 values; value 32*j + i of a half is in bits 2*j, 2*j + 1 of its byte i.
+void pack_q2_k(const uint8_t* source, int row, uint8_t* target) {
+    put_half(target, row, source + 80);
+    put_half(target + 32, row, source + 82);
+    for (int sub = 0; sub < 8; ++sub) {
+        uint8_t* to = target + 64 + 160 * sub;
+        to[row] = source[2 * sub];
+        to[16 + row] = source[2 * sub + 1];
+        put_bit_pairs(to + 32, row, source + 16 + 32 * (sub / 4), 2 * (sub % 4));
+    }
+}
+
+// The 6-bit scale (plus 32) of 16 values of a q3_k block: low four bits, then high two.
+uint8_t q3_scale(const uint8_t* packed, int index) {
+    const int low = (packed[index % 8] >> (4 * (index / 8))) & 15;
+    const int high = (packed[8 + index % 4] >> (2 * (index / 4))) & 3;
+    return static_cast<uint8_t>((low | high << 4) - 32);
+}
+
+// q3_k: the low two bits as in q2_k; bit `sub` of byte i of the first 32 is the highest of value i.
+void pack_q3_k(const uint8_t* source, int row, uint8_t* target) {
+    put_half(target, row, source + 108);
+    for (int sub = 0; sub < 8; ++sub) {
+        uint8_t* to = target + 32 + 224 * sub;
+        to[row] = q3_scale(source + 96, 2 * sub);
+        to[16 + row] = q3_scale(source + 96, 2 * sub + 1);
+        put_bit_pairs(to + 32, row, source + 32 + 32 * (sub / 4), 2 * (sub % 4));
+        put_bits_of_bytes(to + 160, row, source, sub);
     }
 }
 
@@ -200,6 +240,8 @@ void pack_block(Format format, const uint8_t* source, int row, uint8_t* target) 
         case Format::q5_k: pack_q5_k(source, row, target); break;
         case Format::q6_k: pack_q6_k(source, row, target); break;
         case Format::iq4_xs: pack_iq4_xs(source, row, target); break;
+        case Format::q2_k: pack_q2_k(source, row, target); break;
+        case Format::q3_k: pack_q3_k(source, row, target); break;
     }
 }
 
@@ -233,29 +275,57 @@ void unpack_32(Format format, const uint8_t* block, int row, float* out) {
     }
 }
 
+int bit_pair_at(const uint8_t* lines, int row, int i) {
+    return (lines[64 * (i / 16) + 4 * row + i % 4] >> (2 * (i % 16 / 4))) & 3;
+}
+
+// 32 values with an int8 scale for each half, the first bytes of `from`: q3_k and q6_k.
+void unpack_halves(Format format, const uint8_t* from, int row, float d, float* out) {
+    for (int i = 0; i < 32; ++i) {
+        int q = 0;
+        if (format == Format::q6_k) {
+            q = (nibble_at(from + 32, row, i) | bit_pair_at(from + 288, row, i) << 4) - 32;
+        } else {
+            q = (bit_pair_at(from + 32, row, i) | high_bit_at(from + 160, row, i) << 2) - 4;
+        }
+        out[i] = d * static_cast<float>(static_cast<int8_t>(from[16 * (i / 16) + row])) * static_cast<float>(q);
+    }
+}
+
+void unpack_q2_k(const uint8_t* from, int row, float d, float dmin, float* out) {
+    for (int i = 0; i < 32; ++i) {
+        const int factors = from[16 * (i / 16) + row];
+        const float minimum = dmin * static_cast<float>(factors >> 4);
+        const float scale = d * static_cast<float>(factors & 15);
+        out[i] = scale * static_cast<float>(bit_pair_at(from + 32, row, i)) - minimum;
+    }
+}
+
+void unpack_iq4_xs(const uint8_t* from, int row, float d, float* out) {
+    const float scale = d * static_cast<float>(static_cast<int8_t>(from[row]));
+    for (int i = 0; i < 32; ++i) out[i] = scale * static_cast<float>(iq4_values[nibble_at(from + 16, row, i)]);
+}
+
+void unpack_q4_k(Format format, const uint8_t* from, int row, float d, float dmin, float* out) {  // q5_k too
+    const float scale = d * static_cast<float>(from[row]);
+    const float minimum = dmin * static_cast<float>(from[16 + row]);
+    for (int i = 0; i < 32; ++i) {
+        const int high = format == Format::q5_k ? high_bit_at(from + 288, row, i) << 4 : 0;
+        out[i] = scale * static_cast<float>(nibble_at(from + 32, row, i) | high) - minimum;
+    }
+}
+
 void unpack_256(Format format, const uint8_t* block, int row, float* out) {
     const float d = half_at(block, row);
     for (int sub = 0; sub < 8; ++sub, out += 32) {
-        if (format == Format::q6_k) {
-            const uint8_t* from = block + 32 + 416 * sub;
-            for (int i = 0; i < 32; ++i) {
-                const int bits = (from[288 + 64 * (i / 16) + 4 * row + i % 4] >> (2 * (i % 16 / 4))) & 3;
-                const int q = nibble_at(from + 32, row, i) | bits << 4;
-                const auto scale = static_cast<int8_t>(from[16 * (i / 16) + row]);
-                out[i] = d * static_cast<float>(scale) * static_cast<float>(q - 32);
-            }
-        } else if (format == Format::iq4_xs) {
-            const uint8_t* from = block + 32 + 272 * sub;
-            const float scale = d * static_cast<float>(static_cast<int8_t>(from[row]));
-            for (int i = 0; i < 32; ++i) out[i] = scale * static_cast<float>(iq4_values[nibble_at(from + 16, row, i)]);
-        } else {  // q4_k, q5_k
-            const bool five = format == Format::q5_k;
-            const uint8_t* from = block + 64 + (five ? 352 : 288) * sub;
-            const float scale = d * static_cast<float>(from[row]);
-            const float minimum = half_at(block + 32, row) * static_cast<float>(from[16 + row]);
-            for (int i = 0; i < 32; ++i) {
-                const int high = five ? high_bit_at(from + 288, row, i) << 4 : 0;
-                out[i] = scale * static_cast<float>(nibble_at(from + 32, row, i) | high) - minimum;
+        switch (format) {
+            case Format::q2_k: unpack_q2_k(block + 64 + 160 * sub, row, d, half_at(block + 32, row), out); break;
+            case Format::q3_k: unpack_halves(format, block + 32 + 224 * sub, row, d, out); break;
+            case Format::q6_k: unpack_halves(format, block + 32 + 416 * sub, row, d, out); break;
+            case Format::iq4_xs: unpack_iq4_xs(block + 32 + 272 * sub, row, d, out); break;
+            default: {
+                const int sub_bytes = format == Format::q5_k ? 352 : 288;
+                unpack_q4_k(format, block + 64 + sub_bytes * sub, row, d, half_at(block + 32, row), out);
             }
         }
     }

@@ -10,7 +10,7 @@
 //
 //   quads(8)     256 bytes: quads 0..3 of 32 values in the low nibbles, quads 4..7 in the high ones
 //   bytes(8)     512 bytes: quads 0..7
-//   high bits    64 bytes: bit j of a byte is the fifth bit of quad j
+//   high bits    64 bytes: bit j of a byte is the highest bit of quad j
 //   f16[16]      32 bytes: one half float of each row;  u8[16], i8[16] alike
 //
 //   q4_0, iq4_nl   block 32    f16 d | quads
@@ -18,6 +18,10 @@
 //   q5_0           block 32    f16 d | quads | high bits
 //   q5_1           block 32    f16 d | f16 m | quads | high bits
 //   q8_0           block 32    f16 d | bytes (value + 128)
+//   q2_k           block 256   f16 d | f16 dmin | 8 × (u8 scale + 16 min of values 0..15 | of 16..31 |
+//                              2 × 64 bytes: bits 2j, 2j+1 are quad j (then j + 4))
+//   q3_k           block 256   f16 d | 8 × (i8 scale of values 0..15 | of 16..31 | as q2_k | bits 2 of
+//                              the quads, as high bits)
 //   q4_k           block 256   f16 d | f16 dmin | 8 × (u8 scale | u8 min | quads)
 //   q5_k           block 256   f16 d | f16 dmin | 8 × (u8 scale | u8 min | quads | high bits)
 //   q6_k           block 256   f16 d | 8 × (i8 scale of values 0..15 | of 16..31 | quads |
@@ -35,9 +39,9 @@ namespace turbolm {
 enum class Format : int32_t {
     f32 = 0, f16 = 1, bf16 = 2,
     q4_0 = 3, q4_1 = 4, q5_0 = 5, q5_1 = 6, q8_0 = 7, iq4_nl = 8,
-    q4_k = 9, q5_k = 10, q6_k = 11, iq4_xs = 12,
+    q4_k = 9, q5_k = 10, q6_k = 11, iq4_xs = 12, q2_k = 13, q3_k = 14,
 };
-constexpr int num_formats = 13;
+constexpr int num_formats = 15;
 constexpr int group_rows = 16;
 
 struct FormatLayout {

@@ -17,6 +17,9 @@ const Kernels& kernels() {
 #if defined(TURBOLM_BUILD_AVX2)
     if (best >= Isa::avx2) return kernels_avx2;
 #endif
+#if defined(TURBOLM_BUILD_NEON)
+    if (best == Isa::neon) return kernels_neon;
+#endif
     return kernels_generic;
 }
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from turbolm.hub import fetch
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels run on the CPU
+
+from turbolm.hub import fetch  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -22,10 +22,10 @@ LEVELS = (
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 PEERS = ({"loading", "stream", "llm"}, {"errors", "env", "types", "config", "weights"})  # may import each other
-CUDA_ALLOWED = ("ops/", "parallel/", "engine/graph.py", "engine/runner.py")
+CUDA_ALLOWED = ("ops/", "parallel/", "engine/graph.py", "engine/device_runner.py")
 # Optional packages, and those that take long to load and are not always needed, are imported where they are used.
 OPTIONAL = {"modelscope", "huggingface_hub"}
-LATE = {"cli/chat.py": {"turbolm.llm"}}
+LATE = {"cli/chat.py": {"turbolm.llm", "turbolm.cli.remote", "turbolm.cli.terminal"}, "ops/select.py": {"turbolm.ops.cuda.ops"}}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -41,6 +41,26 @@ def test_auto_takes_a_gpu_where_there_is_one() -> None:
         resolve(EngineConfig(device="cuda"), LARGE, LAPTOP)
 
 
+def test_a_gpu_runs_its_own_kernels_unless_it_can_not() -> None:
+    found = resolve(EngineConfig(), LARGE, SERVER)
+    assert (found.kernels, found.unpack, found.block_size) == ("native", True, 64)
+    old = replace(SERVER, gpu_native_error="compute capability 7.5; they need 8.0")
+    found = resolve(EngineConfig(), LARGE, old)
+    assert found.kernels == "reference"
+    assert any("7.5" in reason for reason in found.reasons)
+    with pytest.raises(ConfigError, match="7\\.5"):
+        resolve(EngineConfig(kernels="native"), LARGE, old)
+    assert resolve(EngineConfig(dtype="float32"), LARGE, SERVER).kernels == "reference"
+
+
+def test_a_gpu_keeps_memory_for_what_a_step_holds() -> None:
+    small = replace(SERVER, gpus=(Gpu("24 GB", 24 * GIB, 23 * GIB, (8, 9)),))
+    model = replace(LARGE, num_parameters=8 * 10**9, activation_elements=70_000)
+    found = resolve(EngineConfig(kv_memory="2G"), model, small)
+    with pytest.raises(CapacityError, match="are free"):
+        resolve(EngineConfig(kv_memory="2G", max_batch_tokens=64 * found.max_batch_tokens), model, small)
+
+
 def test_speculation_is_on_where_it_pays_and_says_why() -> None:
     assert resolve(EngineConfig(), SMALL, LAPTOP).speculation
     assert not resolve(EngineConfig(speculation="off"), SMALL, LAPTOP).speculation

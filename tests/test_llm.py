@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,28 @@ def test_stream_is_the_answer_in_pieces(null: LLM) -> None:
     usage = deltas[-1].usage
     assert usage is not None
     assert (usage.prompt_tokens, usage.completion_tokens) == (len(whole.prompt_token_ids), 24)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n": 3, "seed": 2, "temperature": 5.0},
+        {"logprobs": 2, "prompt_logprobs": 1},
+        {"stop": ("q", "zz"), "seed": 3, "temperature": 5.0},
+        {"stop_token_ids": (110, 120), "include_stop": True},
+        {"max_tokens": 1},
+        {"max_tokens": 0, "prompt_logprobs": 0},
+    ],
+)
+def test_an_answer_is_the_same_streamed_and_whole(null: LLM, options: dict) -> None:
+    params = SamplingParams.of(GREEDY, **options)
+    whole = null.generate("hello", params)[0].outputs
+    deltas = list(null.stream("hello", params))
+    for output in whole:
+        streamed = Output.collect(delta for delta in deltas if delta.index == output.index)
+        cached = streamed.usage.cached_tokens
+        expected = output._replace(request_id="", usage=replace(output.usage, cached_tokens=cached))
+        assert streamed._replace(request_id="") == expected
 
 
 def test_leaving_a_stream_frees_the_request(null: LLM) -> None:
@@ -170,6 +194,22 @@ def test_async_requests_run_together_and_cancel_alone() -> None:
             assert llm.stats.num_used_blocks == 0
 
     asyncio.run(main())
+
+
+def test_one_model_serves_several_event_loops() -> None:
+    async def collect(llm: AsyncLLM, prompt: str) -> str:
+        return Output.collect([output async for output in llm.generate(prompt, GREEDY)]).text
+
+    async def several(llm: AsyncLLM, name: str) -> list[str]:
+        return list(await asyncio.gather(*(collect(llm, f"{name}{i}") for i in range(8))))
+
+    llm = AsyncLLM("null", progress=False, max_context=256)
+    names = ["a", "b", "c"]
+    with concurrent.futures.ThreadPoolExecutor(len(names)) as threads:
+        together = list(threads.map(lambda name: asyncio.run(several(llm, name)), names))
+    assert together == [asyncio.run(several(llm, name)) for name in names]
+    assert len({text for texts in together for text in texts}) > 3
+    asyncio.run(llm.close())
 
 
 def test_the_default_model_answers(smollm: LLM) -> None:

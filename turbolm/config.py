@@ -40,8 +40,8 @@ class EngineConfig:
     """Most tokens computed in one step: longer prompts are prefilled in chunks; 0: chosen by device."""
     max_waiting: int = 100_000
     """Most requests that wait; further ones are refused."""
-    block_size: int = 16
-    """Tokens per KV block."""
+    block_size: int = 0
+    """Tokens per KV block; 0: chosen by device."""
     kv_memory: str = "auto"
     """Memory for the KV cache, such as 500M or 4G; "auto": what max_context and max_batch_size can use,
     within a part of the free memory."""
@@ -63,10 +63,10 @@ class EngineConfig:
                 raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(allowed)}.{nearest(str(value), allowed)}")
         for name in ("threads", "max_context", "max_batch_size", "max_batch_tokens", "max_waiting", "block_size"):
             value = getattr(self, name)
-            if type(value) is not int or value < (1 if name in ("max_waiting", "block_size") else 0):
+            if type(value) is not int or value < (name == "max_waiting"):
                 raise ConfigError(f"{name} must be a whole number, 0 or more, got {value!r}")
-        if self.block_size not in (8, 16, 32, 64, 128):
-            raise ConfigError(f"block_size is {self.block_size}; allowed: 8, 16, 32, 64, 128")
+        if self.block_size not in (0, 8, 16, 32, 64, 128):
+            raise ConfigError(f"block_size is {self.block_size}; allowed: 8, 16, 32, 64, 128, or 0 for a fitting one")
         if self.kv_memory != "auto":
             parse_size(self.kv_memory, "kv_memory")
 
@@ -117,6 +117,7 @@ class Hardware:
     gpus: tuple[Gpu, ...] = ()
     native: str | None = None  # variant of the native CPU kernels that loads here
     native_error: str | None = None  # why there is none
+    gpu_native_error: str | None = None  # why turbolm's GPU kernels can't run on `gpus`
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +130,7 @@ class ModelNeeds:
     num_parameters: int
     kv_elements_per_token: int  # keys and values of all layers
     num_logits: int  # vocabulary
+    activation_elements: int = 0  # per token of a step, where a layer holds the most
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +164,7 @@ _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _CPU_POOL_CONTEXTS = 4  # the automatic KV cache holds this many contexts of full length
 _POOL_SHARE = 0.3  # and at most this part of the memory that the weights leave
 _RESERVE = 300 << 20  # bytes for everything but weights and KV cache
+_GRAPHS = 1 << 30  # bytes for CUDA graphs and the workspaces of libraries
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,11 +192,11 @@ def choose_backend(config: EngineConfig, hardware: Hardware) -> Backend:
     elif device == "cuda" and not hardware.gpus:
         raise ConfigError("device is 'cuda', but no CUDA GPU was found; use device 'cpu' or check `turbolm doctor`")
     kernels = _choose_kernels(config, hardware, device, reasons)
-    unpack = config.dtype != "auto" or kernels == "reference"
+    unpack = config.dtype != "auto" or kernels == "reference" or device == "cuda"
     dtype, kv_dtype = str(config.dtype), str(config.dtype)
     if config.dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
-        kv_dtype = "float16" if kernels == "native" else dtype
+        kv_dtype = "float16" if device == "cpu" and kernels == "native" else dtype
         packed = "unpacked" if unpack else "packed as in the file, multiplied by 8-bit activations"
         reasons.append(f"dtype {dtype}: block-quantized weights {packed}; KV cache {kv_dtype}")
     elif device == "cpu" and kernels == "native" and dtype != "float32":
@@ -209,18 +212,21 @@ def choose_backend(config: EngineConfig, hardware: Hardware) -> Backend:
 
 
 def _choose_kernels(config: EngineConfig, hardware: Hardware, device: str, reasons: list[str]) -> str:
-    if config.kernels == "native" and (device != "cpu" or not hardware.native):
-        why = hardware.native_error or f"there are none for {device}"
-        raise ConfigError(f"kernels is 'native', but the native CPU kernels can't be used: {why}")
+    error = hardware.gpu_native_error
+    if device == "cpu":
+        error = None if hardware.native else hardware.native_error or "they were not built"
+    if error is None and config.dtype == "float32" and device == "cuda":
+        error = "they compute in bfloat16 or float16, and dtype is 'float32'"
+    if config.kernels == "native" and error:
+        raise ConfigError(f"kernels is 'native', but turbolm's own kernels for {device} can't be used: {error}")
     if config.kernels != "auto":
         return config.kernels
-    if device == "cpu" and hardware.native:
-        reasons.append(f"kernels native: variant {hardware.native} runs on this CPU")
+    if error is None:
+        reasons.append(
+            "kernels native: " + (f"variant {hardware.native} runs on this CPU" if device == "cpu" else "GPU")
+        )
         return "native"
-    if device == "cpu":
-        reasons.append(f"kernels reference (several times slower and larger): {hardware.native_error}")
-    else:
-        reasons.append("kernels reference: plain PyTorch")
+    reasons.append(f"kernels reference, plain PyTorch (several times slower): {error}")
     return "reference"
 
 
@@ -233,11 +239,13 @@ def resolve(config: EngineConfig, model: ModelNeeds, hardware: Hardware) -> Reso
     if config.max_context > model.max_context:
         reasons.append(f"max_context {config.max_context}: beyond the {model.max_context} that the model was made for")
     weight_bytes = model.num_parameters * _ITEM_BYTES[backend.dtype] if backend.unpack else model.packed_bytes
-    max_batch_size = config.max_batch_size or (32 if on_cpu else 256)
+    max_batch_size = config.max_batch_size or (32 if on_cpu else 1024)
     max_batch_tokens = max(config.max_batch_tokens or (512 if on_cpu else 8192), max_batch_size)
     max_logit_rows = max(max_batch_size, 64)
     free = hardware.free_memory if on_cpu else hardware.gpus[0].free_memory
     working = _RESERVE + max_logit_rows * model.num_logits * 4
+    if not on_cpu:
+        working += _GRAPHS + max_batch_tokens * model.activation_elements * _ITEM_BYTES[backend.dtype]
     left = free - weight_bytes - working
     if left <= 0:
         raise CapacityError(
@@ -246,7 +254,8 @@ def resolve(config: EngineConfig, model: ModelNeeds, hardware: Hardware) -> Reso
             + (", or dtype 'auto'" if config.dtype != "auto" else "")
         )
     kv_bytes = model.kv_elements_per_token * _ITEM_BYTES[backend.kv_dtype]
-    pool_tokens = _pool_tokens(config, model, kv_bytes, left, max_batch_size, on_cpu, reasons)
+    block_size = config.block_size or (16 if on_cpu else 64)
+    pool_tokens = _pool_tokens(config, model, kv_bytes, left, block_size, max_batch_size, on_cpu, reasons)
     max_context = _max_context(config, model, pool_tokens, kv_bytes, reasons)
     return ResolvedConfig(
         device=backend.device,
@@ -260,8 +269,8 @@ def resolve(config: EngineConfig, model: ModelNeeds, hardware: Hardware) -> Reso
         max_batch_tokens=max_batch_tokens,
         max_logit_rows=max_logit_rows,
         max_waiting=config.max_waiting,
-        block_size=config.block_size,
-        num_blocks=pool_tokens // config.block_size,
+        block_size=block_size,
+        num_blocks=pool_tokens // block_size,
         prefix_cache=config.prefix_cache,
         speculation=_speculation(config, backend, reasons),
         reasons=tuple(reasons),
@@ -272,8 +281,8 @@ def _speculation(config: EngineConfig, backend: Backend, reasons: list[str]) -> 
     """Whether there are drafts: where kernels give a token the same bits whatever is computed with it."""
     if config.speculation == "off":
         return False
-    if backend.kernels != "native":
-        reasons.append("speculation off: plain PyTorch rounds differently when it computes several tokens at once")
+    if backend.kernels != "native" or backend.device != "cpu":
+        reasons.append("speculation off: these kernels round differently when they compute several tokens at once")
         return False
     reasons.append("speculation by prompt lookup: text that repeats is computed several tokens at a time")
     return True
@@ -284,12 +293,13 @@ def _pool_tokens(
     model: ModelNeeds,
     kv_bytes: int,
     left: int,
+    block_size: int,
     max_batch_size: int,
     on_cpu: bool,
     reasons: list[str],
 ) -> int:
     """Tokens that the KV cache holds, a multiple of the block size."""
-    size, longest = config.block_size, config.max_context or model.max_context
+    size, longest = block_size, config.max_context or model.max_context
     if config.kv_memory != "auto":
         given = parse_size(config.kv_memory, "kv_memory")
         if given > left:

@@ -73,6 +73,7 @@ class AsyncLLM:
         self.default_params = loaded.default_params
         """What the checkpoint recommends; used where a request brings no parameters."""
         self._routes: dict[str, _Route] = {}
+        self._num_routes: dict[asyncio.AbstractEventLoop, int] = {}  # an entry is changed in its loop's thread alone
         self._scheduler = loaded.scheduler
         self._engine = Engine(loaded.scheduler, loaded.runner, self._deliver)
 
@@ -130,6 +131,11 @@ class AsyncLLM:
         """What the engine has counted so far."""
         return self._scheduler.stats
 
+    async def wait_until_warm(self) -> None:
+        """Wait until everything is prepared that makes steps faster (on a GPU, CUDA graphs: a few seconds
+        after the model is loaded). Requests are answered before that, too."""
+        await asyncio.to_thread(self._engine.wait_until_warm)
+
     async def close(self) -> None:
         """Cancel what is running and free the model. Idempotent."""
         await asyncio.to_thread(self._engine.close)
@@ -177,14 +183,21 @@ class AsyncLLM:
 
     async def _logprobs(self, token_ids: Sequence[int]) -> tuple[float | None, ...]:
         params = SamplingParams(max_tokens=0, prompt_logprobs=0)
-        result = Output.collect([output async for output in self._submit(self._plain(token_ids), params)])
+        result = Output.collect([output async for output in self._submit(self._plain(token_ids), params, deltas=False)])
         if result.error is not None:
             raise result.error
         return tuple(None if entry is None else entry.logprob for entry in result.prompt_logprobs)
 
     def _submit(
-        self, prompt: _Prompt, params: SamplingParams | None = None, priority: int = 0, tenant: str = ""
+        self,
+        prompt: _Prompt,
+        params: SamplingParams | None = None,
+        priority: int = 0,
+        tenant: str = "",
+        deltas: bool = True,
     ) -> AsyncIterator[Output]:
+        """Without `deltas`, for callers that wait for the end anyway, an answer is one output where that is
+        possible: then nothing is done per token but to compute it."""
         params = self.default_params if params is None else params
         self._check(prompt.token_ids, params)
         first = Request(
@@ -201,7 +214,7 @@ class AsyncLLM:
             AnswerStream(request, self.tokenizer, prompt.parser(), is_continuation=prompt.is_continuation)
             for request in requests
         ]
-        return self._run(requests, streams)
+        return self._run(requests, streams, deltas or bool(params.stop))  # stop strings show as the text grows
 
     def _check(self, token_ids: Sequence[int], params: SamplingParams) -> None:
         """What depends on the model: context and vocabulary."""
@@ -226,44 +239,56 @@ class AsyncLLM:
         variants = (self.tokenizer.encode(p + w, add_special=False) for w in words for p in ("", " "))
         return tuple(dict.fromkeys(tuple(ids) for ids in variants if ids))
 
-    async def _run(self, requests: Sequence[Request], streams: Sequence[AnswerStream]) -> AsyncIterator[Output]:
+    async def _run(
+        self, requests: Sequence[Request], streams: Sequence[AnswerStream], deltas: bool
+    ) -> AsyncIterator[Output]:
         request_id = requests[0].id
-        route = self._routes[request_id] = _Route(asyncio.get_running_loop())
         num_open = len(requests)
+        with self._route(request_id) as outputs:
+            try:
+                self._engine.submit(requests, deltas)
+                while num_open:
+                    output = await outputs.get()
+                    stream = streams[output.index]
+                    delta = stream.push(output)
+                    if delta is None:
+                        continue
+                    if delta.is_final:
+                        num_open -= 1
+                    elif stream.is_stopped:
+                        self._engine.cancel(request_id, output.index)
+                    yield delta
+            finally:
+                for request, stream in zip(requests, streams, strict=True):
+                    if not stream.is_over:
+                        self._engine.cancel(request_id, request.index)
+
+    @contextlib.contextmanager
+    def _route(self, request_id: str) -> Iterator[asyncio.Queue[Output]]:
+        """Where the outputs of a request come in, in this event loop."""
+        loop = asyncio.get_running_loop()
+        route = self._routes[request_id] = _Route(loop)
+        self._num_routes[loop] = self._num_routes.get(loop, 0) + 1
         try:
-            self._engine.submit(requests)
-            while num_open:
-                output = await route.outputs.get()
-                stream = streams[output.index]
-                delta = stream.push(output)
-                if delta is None:
-                    continue
-                if delta.is_final:
-                    num_open -= 1
-                elif stream.is_stopped:
-                    self._engine.cancel(request_id, output.index)
-                yield delta
+            yield route.outputs
         finally:
             del self._routes[request_id]
-            for request, stream in zip(requests, streams, strict=True):
-                if not stream.is_over:
-                    self._engine.cancel(request_id, request.index)
+            self._num_routes[loop] -= 1
+            if not self._num_routes[loop]:
+                del self._num_routes[loop]
 
     def _deliver(self, outputs: Sequence[Output]) -> None:
-        """Called in the engine's thread: one wake-up per event loop and step."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Route, Output]]] = {}
+        """Called in the engine's thread, which has other things to do: a wake-up per event loop and step."""
+        if outputs:
+            for loop in tuple(self._num_routes):
+                if not loop.is_closed():
+                    loop.call_soon_threadsafe(self._put, loop, outputs)
+
+    def _put(self, loop: asyncio.AbstractEventLoop, outputs: Sequence[Output]) -> None:
         for output in outputs:
             route = self._routes.get(output.request_id)
-            if route is not None:
-                by_loop.setdefault(route.loop, []).append((route, output))
-        for loop, items in by_loop.items():
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(_put, items)
-
-
-def _put(items: list[tuple[_Route, Output]]) -> None:
-    for route, output in items:
-        route.outputs.put_nowait(output)
+            if route is not None and route.loop is loop:
+                route.outputs.put_nowait(output)
 
 
 class LLM:
@@ -392,7 +417,7 @@ class LLM:
 
     def _complete(self, prompts: Sequence[_Prompt], params: SamplingParams | None) -> list[Completion]:
         self._check_open()
-        streams = [self._llm._submit(prompt, params) for prompt in prompts]
+        streams = [self._llm._submit(prompt, params, deltas=False) for prompt in prompts]
         with _count_bar("generating", len(prompts), self._show) as advance:
 
             async def one(prompt: _Prompt, stream: AsyncIterator[Output]) -> Completion:

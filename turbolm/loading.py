@@ -13,7 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from turbolm.config import EngineConfig, ResolvedConfig, resolve
 from turbolm.engine.build import build, build_null, model_needs, null_needs
-from turbolm.engine.runner import Runner
+from turbolm.engine.engine import StepRunner
 from turbolm.engine.scheduler import Scheduler
 from turbolm.errors import CheckpointError
 from turbolm.hub import fetch
@@ -40,7 +40,7 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
     default_params: SamplingParams
     scheduler: Scheduler
-    runner: Runner
+    runner: StepRunner
 
 
 def load_model(name: str, config: EngineConfig, progress: bool) -> LoadedModel:

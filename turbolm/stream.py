@@ -39,30 +39,34 @@ class AnswerStream:
     def push(self, output: Output) -> Output | None:
         """The same delta with its parts; None where there is nothing to tell."""
         if self.is_stopped:
-            return self._finish(output._replace(token_ids=(), logprobs=()), []) if output.is_final else None
-        parts: list[Part] = []
-        count = 0
-        for token in output.token_ids:
-            count += 1
-            parts += self._parser.push(self._read(token))
-            if self.is_stopped:
-                break
+            return self._finish(output._replace(token_ids=(), logprobs=()), ()) if output.is_final else None
+        count, text = self._read(output.token_ids)
         if output.is_final and not self.is_stopped:
-            text, _ = self._stops.push(self._detokenizer.finish())
-            parts += self._parser.push(text if self.is_stopped else text + self._stops.finish())
-        delta = output._replace(token_ids=output.token_ids[:count], logprobs=output.logprobs[:count])
+            rest, _ = self._stops.push(self._detokenizer.finish())
+            text += rest if self.is_stopped else rest + self._stops.finish()
+        parts = self._parser.push(text)
         if output.is_final or self.is_stopped:
             parts += self._parser.finish()
+        delta = output._replace(token_ids=output.token_ids[:count], logprobs=output.logprobs[:count])
         self._has_tool_call |= any(isinstance(part, ToolCallPart) for part in parts)
-        return self._finish(delta, parts) if output.is_final else delta._replace(parts=tuple(parts))
+        return self._finish(delta, parts) if output.is_final else delta._replace(parts=parts)
 
-    def _read(self, token: int) -> str:
-        """The text that is certain after this token. Stops count from `min_tokens` on."""
-        self._num_tokens += 1
-        text = self._detokenizer.push([token])
-        return text if self._num_tokens <= self.request.params.min_tokens else self._stops.push(text)[0]
+    def _read(self, token_ids: tuple[int, ...]) -> tuple[int, str]:
+        """How many of these tokens are part of the answer, and the text that is certain after them."""
+        params = self.request.params
+        if not params.stop:
+            self._num_tokens += len(token_ids)
+            return len(token_ids), self._detokenizer.push(token_ids)
+        text = ""
+        for count, token in enumerate(token_ids, 1):
+            self._num_tokens += 1
+            piece = self._detokenizer.push([token])
+            text += piece if self._num_tokens <= params.min_tokens else self._stops.push(piece)[0]
+            if self.is_stopped:
+                return count, text
+        return len(token_ids), text
 
-    def _finish(self, output: Output, parts: list[Part]) -> Output:
+    def _finish(self, output: Output, parts: tuple[Part, ...]) -> Output:
         self.is_over = True
         reason, usage = output.finish_reason, output.usage
         if self.is_stopped:
@@ -71,4 +75,4 @@ class AnswerStream:
             output, reason = output._replace(stop=self._stops.matched, usage=usage, error=None), "stop"
         if reason == "stop" and self._has_tool_call:
             reason = "tool_calls"
-        return output._replace(parts=tuple(parts), finish_reason=reason)
+        return output._replace(parts=parts, finish_reason=reason)

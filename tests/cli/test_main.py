@@ -81,6 +81,18 @@ def test_light_commands_do_not_load_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0
 
 
+def test_one_answer_loads_no_terminal():
+    """`turbolm chat --prompt` starts without the line editor, markdown and the HTTP client."""
+    code = (
+        "import sys; from turbolm.cli.main import main\n"
+        "assert main(['chat', 'null', '--prompt', 'x', '--max-tokens', '1']) == 0\n"
+        "loaded = {'prompt_toolkit', 'markdown_it', 'pygments', 'httpx'} & set(sys.modules)\n"
+        "sys.exit(', '.join(loaded) if loaded else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_bad_log_level_is_reported(capsys, monkeypatch, caplog):
     monkeypatch.setenv("TURBOLM_LOG", "loud")
     assert main(["version"]) == 0

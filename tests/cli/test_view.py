@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from turbolm.cli.answer import Answer
-from turbolm.cli.view import LiveRegion, MarkdownView, PlainView, finished_length, printable
+from turbolm.cli.plain_view import printable
+from turbolm.cli.view import LiveRegion, MarkdownView, finished_length
 from turbolm.types import Output, ReasoningPart, TextPart, ToolCallPart, Usage
 
 WIDTH, HEIGHT = 40, 10
@@ -133,20 +134,6 @@ def test_finished_blocks_stay_finished(text):
     size = finished_length(text)
     assert 0 <= size <= len(text)
     assert text[:size].endswith("\n") or size == 0
-
-
-def test_plain_view_keeps_reasoning_off_the_answer():
-    out, aside = io.StringIO(), io.StringIO()
-    view, answer = PlainView(out, aside), Answer()
-    for part in (ReasoningPart("hm "), ReasoningPart("yes"), TextPart("The "), TextPart("answer")):
-        answer.push(Output("", parts=(part,)))
-        view.update(answer)
-    for arguments in ('{"a"', ": 1}"):
-        answer.push(Output("", parts=(ToolCallPart(0, arguments, None, "look"),)))
-        view.update(answer)
-    view.finish(answer, "note")
-    assert out.getvalue() == 'The answer\nlook({"a": 1})\n'
-    assert aside.getvalue() == "hm yes\nnote\n"
 
 
 def test_answer_counts_and_tells_why_it_ended():

@@ -7,7 +7,7 @@ shared wrongly, overwritten or freed too early changes an answer.
 from __future__ import annotations
 
 import zlib
-from collections import defaultdict
+from collections import defaultdict, deque
 
 from turbolm.engine.scheduler import Scheduler
 from turbolm.engine.step import StepResult
@@ -72,7 +72,9 @@ class Oracle:
 
 
 class Model:
-    """Runs steps: writes a state per new token to its slot, reads those before it."""
+    """A device that runs steps in order: writes a state per new token to its slot, reads those before it.
+
+    It sees of a step what was there when it was submitted, and computes it as late as it may."""
 
     def __init__(self, scheduler):
         self.scheduler = scheduler
@@ -80,40 +82,52 @@ class Model:
         self.sequences = []
         self.deltas = defaultdict(list)  # (id, index) → outputs of `step`
         self.num_computed = 0
+        self.flights = deque()  # (step, pending) of `start`
+        self.queue = deque()  # submitted, not computed
+        self.sampled = {}  # by the last step computed: sequence → token
 
-    def add(self, request):
-        sequence = self.scheduler.add(request)
+    def add(self, request, **options):
+        sequence = self.scheduler.add(request, **options)
         self.sequences.append(sequence)
         return sequence
 
-    def slot(self, sequence, position):
-        size = self.scheduler.block_size
-        return sequence.blocks[position // size] * size + position % size
+    def warm_up(self):
+        return False
+
+    def submit(self, step):
+        pending = Pending(self, step)
+        self.queue.append(pending)
+        return pending
 
     def run(self, step):
-        for item in step.items:
-            self.write(item)
-        return [self.read(item) for item in step.items]
+        return self.submit(step).results()
 
-    def write(self, item):
+    def compute_until(self, pending):
+        while pending in self.queue:
+            self.queue.popleft().compute()
+
+    def slot(self, blocks, position):
+        size = self.scheduler.block_size
+        return blocks[position // size] * size + position % size
+
+    def write(self, item, blocks, token_ids):
         sequence, size = item.sequence, self.scheduler.block_size
         end = item.start + item.num_tokens
-        token_ids = [*sequence.token_ids, *item.drafts]
-        written = sequence.blocks[item.start // size : -(-end // size)]
+        written = blocks[item.start // size : -(-end // size)]
         for other in self.sequences:
             assert other is sequence or not set(written) & set(other.blocks), "writes to a block of somebody else"
         for position in range(item.start, end):
-            past = [self.slots.get(self.slot(sequence, earlier), 0) for earlier in range(position)]
-            self.slots[self.slot(sequence, position)] = state_of(sequence.request, past, token_ids[position])
+            past = [self.slots.get(self.slot(blocks, earlier), 0) for earlier in range(position)]
+            self.slots[self.slot(blocks, position)] = state_of(sequence.request, past, token_ids[position])
         self.num_computed += item.num_tokens
 
-    def read(self, item):
+    def read(self, item, blocks, token_ids):
         sequence, request = item.sequence, item.sequence.request
         if sequence.finish_reason:  # nobody wants this any more, and an earlier step of its may have broken
             return StepResult((0,) if item.samples else ())
-        states = [self.slots[self.slot(sequence, position)] for position in range(item.start + item.num_tokens)]
+        states = [self.slots[self.slot(blocks, position)] for position in range(item.start + item.num_tokens)]
         expected = []
-        for token in [*sequence.token_ids, *item.drafts][: len(states)]:
+        for token in token_ids[: len(states)]:
             expected.append(state_of(request, expected, token))
         assert states == expected, "K/V of other tokens"
         chosen = [state % VOCABULARY for state in states[item.start + item.num_new_tokens - 1 :]]
@@ -134,21 +148,71 @@ class Model:
 
     def step(self):
         """One whole step; its step and outputs."""
-        step = self.scheduler.next_batch()
+        step = self.start()
         assert step is not None
-        outputs = self.scheduler.update(step, self.run(step))
+        return step, self.complete()
+
+    def start(self):
+        """The next step, in flight from now on."""
+        step = self.scheduler.next_batch()
+        if step is not None:
+            self.flights.append((step, self.submit(step)))
+        return step
+
+    def complete(self):
+        """The oldest step's outputs."""
+        step, pending = self.flights.popleft()
+        return self.note(self.scheduler.update(step, pending.results()))
+
+    def note(self, outputs):
         for output in outputs:
             self.deltas[output.request_id, output.index].append(output)
-        return step, outputs
+        return outputs
 
-    def finish(self, max_steps=1000):
-        """Steps until all is done; all outputs of `step` so far, collected by (id, index)."""
+    def finish(self, max_steps=1000, depth=1):
+        """Steps until all is done, so many in flight; all outputs so far, collected by (id, index)."""
         for _ in range(max_steps):
-            if not self.scheduler.has_work:
-                assert self.scheduler.next_batch() is None
+            while len(self.flights) < depth and self.start():
+                pass
+            if not self.flights:
+                assert not self.scheduler.has_work
                 return {key: Output.collect(items) for key, items in self.deltas.items()}
-            self.step()
+            self.complete()
         raise AssertionError(f"unfinished after {max_steps} steps")
+
+
+class Pending:
+    """A step on the device."""
+
+    def __init__(self, model, step):
+        self.model = model
+        self.step = step
+        self.seen = [(list(item.sequence.blocks), list(item.sequence.token_ids)) for item in step.items]
+        self.computed = None
+
+    def results(self):
+        self.model.compute_until(self)
+        return self.computed
+
+    def lose(self):
+        """Breaks: nothing comes of it, if it isn't computed yet."""
+        if self in self.model.queue:
+            self.model.queue.remove(self)
+            self.model.sampled = {}
+
+    def compute(self):
+        model, parts = self.model, []
+        for item, (blocks, token_ids) in zip(self.step.items, self.seen, strict=True):
+            if item.follows:
+                assert len(token_ids) == item.start
+                assert item.sequence in model.sampled or item.sequence.finish_reason == "error"
+                token_ids.append(model.sampled.get(item.sequence, 0))
+            parts.append((item, blocks, [*token_ids, *item.drafts]))
+        for part in parts:
+            model.write(*part)
+        self.computed = [model.read(*part) for part in parts]
+        samples = zip(self.step.items, self.computed, strict=True)
+        model.sampled = {item.sequence: result.token_ids[-1] for item, result in samples if item.samples}
 
 
 def scheduler_of(**options):

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from turbolm.engine import randomness
 from turbolm.engine.sampler import Choice, Sampler
 from turbolm.ops.sampling import sample
 from turbolm.types import Request, SamplingParams, Sequence
@@ -169,7 +170,7 @@ def test_bad_words_never_complete() -> None:
     assert draw(params, bad_words_ids=words, prompt=(3, 4)) == 0  # only the answer counts
 
 
-def test_seeds_decide_the_draw_and_positions_differ() -> None:
+def test_seeds_decide_the_draw_and_positions_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     def answers(seed: int | None, sampler: Sampler) -> list[int]:
         params = SamplingParams(seed=seed)
         rows = [Choice(sequence(params, answer=(1,) * n)) for n in range(40)]
@@ -179,7 +180,10 @@ def test_seeds_decide_the_draw_and_positions_differ() -> None:
     assert answers(1, one) == answers(1, other)
     assert answers(1, one) != answers(2, one)
     assert len(set(answers(1, one))) > 2
-    assert answers(None, one) != answers(None, other)
+    unseeded = answers(None, one)
+    monkeypatch.setattr(randomness, "_SALT", b"another run")
+    assert answers(None, one) != unseeded
+    assert answers(1, one) == answers(1, other)
 
 
 def test_logprobs_are_of_the_models_own_distribution() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from fake_model import EOS, STOP, Model, alone, assert_right, parts, request_of, scheduler_of
 
-from turbolm.engine.step import StepResult
+from turbolm.engine.step import Step, StepResult
 from turbolm.errors import CapacityError, ConfigError, ContextOverflowError, EngineError, RequestError
 from turbolm.types import Output, SequenceState, Usage
 
@@ -66,18 +66,20 @@ def test_logit_rows_limit_prompts_whose_logprobs_are_wanted():
     assert parts(model.step()[0])[0] == ("plain", 12, 1, True)
 
 
-def test_next_batch_before_update_goes_on_with_what_is_known():
+def test_next_batch_before_update_goes_on_with_what_is_known_and_one_token_ahead():
     scheduler = scheduler_of(max_batch_tokens=8)
     model = Model(scheduler)
     request = request_of(prompt=range(12))
     sequence = model.add(request)
-    first, second = scheduler.next_batch(), scheduler.next_batch()
-    assert (parts(first), parts(second)) == ([("a", 0, 8, False)], [("a", 8, 4, True)])
-    assert scheduler.next_batch() is None  # the next token depends on the second step
+    steps = [scheduler.next_batch() for _ in range(3)]
+    assert list(map(parts, steps)) == [[("a", 0, 8, False)], [("a", 8, 4, True)], [("a", 12, 1, True)]]
+    assert [step.items[0].follows for step in steps] == [False, False, True]
+    assert scheduler.next_batch() is None  # would be two tokens ahead
     assert sequence.num_computed == 0
-    assert scheduler.update(first, model.run(first)) == []
-    (output,) = scheduler.update(second, model.run(second))
-    assert output.token_ids == alone(request, 128)[0][:1]
+    pending = [model.submit(step) for step in steps]
+    outputs = [scheduler.update(step, later.results()) for step, later in zip(steps, pending, strict=True)]
+    answer = alone(request, 128)[0]
+    assert [[output.token_ids for output in its] for its in outputs] == [[], [answer[:1]], [answer[1:2]]]
 
 
 def test_steps_are_updated_in_order_and_once():
@@ -92,6 +94,178 @@ def test_steps_are_updated_in_order_and_once():
     scheduler.update(first, model.run(first))
     with pytest.raises(EngineError, match="once each"):
         scheduler.update(first, [StepResult()])
+
+
+# Running ahead
+
+
+def started(model, count):
+    """The next steps, in flight, as (id, whether it follows) per item."""
+    return [[(i.sequence.request.id, i.follows) for i in (model.start() or Step((), 0)).items] for _ in range(count)]
+
+
+def test_decodes_run_one_step_ahead_to_the_last_token_that_is_needed():
+    model = Model(scheduler_of())
+    model.add(request_of(max_tokens=3))
+    assert started(model, 2) == [[("a", False)], [("a", True)]]
+    model.complete()
+    assert started(model, 1) == [[("a", True)]]
+    model.complete()
+    assert started(model, 1) == [[]]  # the last token is not computed
+    assert model.complete()[0].finish_reason == "length"
+
+
+def test_a_new_request_joins_those_that_run_ahead():
+    model = Model(scheduler_of())
+    model.add(request_of("old", max_tokens=9))
+    started(model, 2)
+    model.add(request_of("new", [5, 6], max_tokens=9))
+    model.complete()
+    assert started(model, 1) == [[("old", True), ("new", False)]]
+    model.complete()
+    assert started(model, 1) == [[("old", True), ("new", True)]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"params": {"presence_penalty": 0.1}},
+        {"params": {"frequency_penalty": -0.1}},
+        {"params": {"repetition_penalty": 1.1}},
+        {"bad_words_ids": ((3,),)},
+    ],
+)
+def test_a_choice_that_depends_on_the_answer_waits_for_it_and_the_next_step_with_it(options):
+    model = Model(scheduler_of(max_batch_tokens=9))
+    model.add(request_of("plain", [9]))
+    model.add(request_of("reads", range(16), **options))
+    assert started(model, 3) == [[("plain", False), ("reads", False)], [("plain", True), ("reads", False)], []]
+    model.complete()
+    assert started(model, 1) == [[]]
+    model.complete()
+    assert started(model, 2) == [[("plain", False), ("reads", False)], []]
+    outputs = model.finish(depth=2)
+    for sequence in model.sequences:
+        assert_right(outputs[sequence.request.id, 0], sequence.request)
+
+
+def test_a_stop_token_wastes_one_computation_and_keeps_its_block_until_then():
+    scheduler = scheduler_of(block_size=3)
+    model = Model(scheduler)
+    request = request_of(prompt=prompt_ending_with(STOP, 1), max_tokens=50, params={"stop_token_ids": (STOP,)})
+    model.add(request)
+    started(model, 2)
+    model.complete()
+    started(model, 1)  # computes the stop token, in a block of its own
+    (output,) = model.complete()
+    assert (output.finish_reason, output.usage) == ("stop", Usage(2, 2))
+    assert not scheduler.has_work and scheduler.next_batch() is None
+    assert scheduler.stats.num_used_blocks == 2
+    assert model.complete() == []
+    assert scheduler.stats.num_used_blocks == 0
+    assert_right(Output.collect(model.deltas["a", 0]), request)
+
+
+def test_nobody_is_preempted_for_a_token_ahead():
+    scheduler = scheduler_of(num_blocks=3, block_size=4, max_context=16, prefix_cache=False)
+    model = Model(scheduler)
+    model.add(request_of("first", range(3), max_tokens=9))
+    model.add(request_of("second", range(4), max_tokens=3))
+    assert started(model, 2) == [[("first", False), ("second", False)], [("first", True), ("second", True)]]
+    model.complete()
+    assert started(model, 1) == [[("second", True)]]  # "first" has 4 tokens, and all blocks are taken
+    model.complete()
+    assert started(model, 1) == [[]]  # it needs one now, but "second" is in a step
+    outputs = model.finish(depth=2)
+    assert scheduler.stats.num_preemptions == 0  # it ended with that step
+    for sequence in model.sequences:
+        assert_right(outputs[sequence.request.id, 0], sequence.request, 16)
+
+
+def test_nobody_is_held_while_blocks_are_about_to_return():
+    scheduler = scheduler_of(num_blocks=3, block_size=4, prefix_cache=False)
+    model = Model(scheduler)
+    for name in "cd":
+        model.add(request_of(name, [3], max_tokens=4, priority=1))
+    model.step()
+    model.add(request_of("a", range(4), max_tokens=3))
+    assert started(model, 2) == [[("c", False), ("d", False), ("a", False)], [("c", True), ("d", True)]]
+    model.complete()
+    scheduler.cancel("c")
+    assert started(model, 1) == [[("d", True)]]  # "a" waits for the block of "c"
+    model.complete()
+    assert started(model, 1) == [[("a", False)]]
+    model.finish(depth=2)
+    assert scheduler.stats.num_preemptions == 0
+
+
+def test_a_token_ahead_counts_where_blocks_are_set_aside():
+    model = Model(scheduler_of(num_blocks=3, block_size=4, prefix_cache=False))
+    model.add(request_of("a", range(4), max_tokens=9))
+    assert started(model, 2) == [[("a", False)], [("a", True)]]  # 5 tokens in 2 blocks, and one to grow
+    model.add(request_of("b", [5], max_tokens=1))
+    assert started(model, 1) == [[]]
+
+
+def test_what_follows_drafts_waits_for_them():
+    class Guess:
+        def propose(self, limit, num_decodes):
+            return (0,)[:limit]
+
+    model = Model(scheduler_of(drafter=lambda token_ids: Guess()))
+    request = request_of(max_tokens=9)
+    model.add(request)
+    model.step()
+    assert model.start().items[0].drafts == (0,)
+    assert started(model, 1) == [[]]
+    assert_right(model.finish(depth=2)["a", 0], request)
+
+
+def test_an_urgent_request_preempts_those_that_run_ahead_after_their_step():
+    scheduler = scheduler_of(max_batch_size=2)
+    model = Model(scheduler)
+    low = [model.add(request_of(name, [number], max_tokens=30, priority=1)) for number, name in enumerate("ab")]
+    started(model, 2)
+    model.add(request_of("urgent", (5, 6)))
+    model.complete()
+    assert started(model, 1) == [[("a", True)]]  # "b" is held
+    model.complete()
+    assert started(model, 1) == [[("a", True), ("urgent", False)]]
+    assert [sequence.num_preemptions for sequence in low] == [0, 1]
+    outputs = model.finish(depth=2)
+    for sequence in model.sequences:
+        assert_right(outputs[sequence.request.id, 0], sequence.request)
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_a_short_pool_yields_the_same_answers_however_many_steps_are_in_flight(depth):
+    scheduler = scheduler_of(num_blocks=8, max_context=32, max_batch_tokens=9)
+    model = Model(scheduler)
+    requests = [request_of(str(number), [number] * (number + 1), max_tokens=20) for number in range(6)]
+    for request in requests:
+        model.add(request)
+    outputs = model.finish(depth=depth)
+    for request in requests:
+        assert_right(outputs[request.id, 0], request, 32)
+    assert scheduler.stats.num_preemptions > 0
+    assert scheduler.stats.num_used_blocks == 0
+
+
+def test_a_broken_step_ends_what_follows_it():
+    scheduler = scheduler_of(max_batch_size=2)
+    model = Model(scheduler)
+    model.add(request_of("breaks"))
+    assert started(model, 1) == [[("breaks", False)]]
+    other = model.add(request_of("other", [5]))
+    assert started(model, 1) == [[("breaks", True), ("other", False)]]
+    error = EngineError("the device is gone")
+    step, pending = model.flights.popleft()
+    pending.lose()
+    (output,) = scheduler.fail(error, step)
+    assert (output.request_id, output.error, output.token_ids) == ("breaks", error, ())
+    assert [output.request_id for output in model.complete()] == ["other"]
+    assert_right(model.finish(depth=2)["other", 0], other.request)
+    assert scheduler.stats.num_used_blocks == 0
 
 
 # Blocks
@@ -311,6 +485,33 @@ def test_endings(token, options, num_shown, num_counted, reason):
     assert sequence.finish_reason == reason
     assert sequence.stop == output.stop
     assert sequence.state is SequenceState.FINISHED
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("include_stop", [False, True])
+def test_without_deltas_the_last_output_has_all(depth, include_stop):
+    params = {"stop_token_ids": (STOP,), "include_stop": include_stop, "logprobs": 0, "prompt_logprobs": 0}
+    request = request_of(prompt=[3, 5, *prompt_ending_with(STOP, 4)], max_tokens=9, params=params)
+    found = []
+    for deltas in (True, False):
+        model = Model(scheduler_of(max_batch_tokens=8))
+        model.add(request, deltas=deltas)
+        found.append(model.finish(depth=depth)["a", 0])
+        assert (len(model.deltas["a", 0]) == 1) is not deltas
+    assert found[0] == found[1]
+    assert_right(found[1], request)
+
+
+def test_without_deltas_what_there_is_comes_with_a_cancellation():
+    model = Model(scheduler_of())
+    request = request_of(max_tokens=9, params={"logprobs": 0})
+    model.add(request, deltas=False)
+    for _ in range(3):
+        assert model.step()[1] == []
+    output = model.scheduler.cancel("a")
+    assert output.token_ids == alone(request, 128)[0][:3]
+    assert tuple(entry.token_id for entry in output.logprobs) == output.token_ids
+    assert (output.finish_reason, output.usage) == ("cancelled", Usage(3, 3))
 
 
 def test_no_end_before_min_tokens():

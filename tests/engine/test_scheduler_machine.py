@@ -22,7 +22,7 @@ prompts = st.builds(
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Random arrivals, cancellations, failures and pipelining over tiny pools."""
+    """Random arrivals, cancellations and failures over tiny pools, up to three steps in flight."""
 
     @initialize(
         num_blocks=st.integers(3, 14),
@@ -49,6 +49,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.depth = depth  # steps that may be in flight
         self.steps = []
         self.alive = {}  # (id, index) → request
+        self.whole = set()  # those that come in one output
         self.deltas = defaultdict(list)
         self.num_added = 0
 
@@ -60,12 +61,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         include_stop=st.booleans(),
         want_logprobs=st.booleans(),
         want_prompt_logprobs=st.sampled_from([False, False, True]),
+        reads_answer=st.sampled_from([None, None, None, "presence_penalty", "bad_words_ids"]),
+        deltas=st.booleans(),
         priority=st.sampled_from([0, 0, 0, 1, -1]),
         tenant=st.sampled_from(["", "", "other"]),
         adapter=st.sampled_from([None, None, "x"]),
         num_answers=st.sampled_from([1, 1, 3]),
     )
-    def add(self, prompt, max_tokens, min_tokens, want_logprobs, want_prompt_logprobs, num_answers, **options):
+    def add(
+        self, prompt, max_tokens, min_tokens, want_logprobs, want_prompt_logprobs, reads_answer, deltas, num_answers,
+        **options,
+    ):  # fmt: skip
         params = SamplingParams(
             max_tokens=max_tokens if want_prompt_logprobs else max_tokens or None,
             min_tokens=min(min_tokens, max_tokens or 0),
@@ -74,7 +80,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             stop_token_ids=(STOP,),
             logprobs=0 if want_logprobs else None,
             prompt_logprobs=0 if want_prompt_logprobs else None,
+            presence_penalty=0.5 if reads_answer == "presence_penalty" else 0.0,
         )
+        options["bad_words_ids"] = ((1, 2),) if reads_answer == "bad_words_ids" else ()
         self.num_added += 1
         for index in range(num_answers):
             request = Request(str(self.num_added), tuple(prompt), params, index=index, eos_token_ids=(EOS,), **options)
@@ -84,7 +92,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             capacity = self.options["num_blocks"] * self.options["block_size"]
             full = self.scheduler.num_waiting >= 12
             try:
-                self.model.add(request)
+                self.model.add(request, deltas=deltas)
             except ContextOverflowError:
                 assert len(prompt) + (params.max_tokens != 0) > self.options["max_context"]
             except CapacityError:
@@ -92,11 +100,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             else:
                 assert not full and max(len(prompt), longest - 1) <= capacity
                 self.alive[request.id, index] = request
+                if not deltas:
+                    self.whole.add((request.id, index))
 
     def take(self, outputs):
         for output in outputs:
             key = (output.request_id, output.index)
             assert key in self.alive, "output after the last one"
+            assert output.is_final or key not in self.whole
             self.deltas[key].append(output)
             if output.is_final:
                 self.check(self.alive.pop(key), Output.collect(self.deltas.pop(key)))
@@ -131,31 +142,55 @@ class SchedulerMachine(RuleBasedStateMachine):
         return max_context if max_tokens is None else min(max_context, sequence.num_prompt + max_tokens)
 
     @precondition(lambda self: len(self.steps) < self.depth)
-    @rule()
-    def dispatch(self):
+    @rule(breaks=st.sampled_from([False] * 7 + [True]), soon=st.booleans())
+    def dispatch(self, breaks=False, soon=False):
+        """`soon`: the device computes at once; else when it's asked for the results."""
         step = self.scheduler.next_batch()
         if step is None:
             assert self.steps or not self.alive, "idle with work to do"
             return
+        self.check_step(step)
+        if breaks:  # when it's submitted: those before it have their results
+            while self.steps:
+                self.complete()
+            self.take(self.scheduler.fail(EngineError("broken"), step))
+            return
+        pending = self.model.submit(step)
+        self.steps.append((step, pending))
+        if soon:
+            pending.results()
+
+    def check_step(self, step):
         sequences = [item.sequence for item in step.items]
         assert len(set(map(id, sequences))) == len(sequences) <= self.options["max_batch_size"]
         assert sum(map(self.num_logit_rows, step.items)) <= self.scheduler.max_logit_rows
         assert step.num_tokens == sum(item.num_tokens for item in step.items) <= self.scheduler.max_batch_tokens
+        sampled = {item.sequence for item in self.steps[-1][0].items if item.samples} if self.steps else set()
         for item in step.items:
+            request = item.sequence.request
             assert item.num_new_tokens > 0
             end = item.start + item.num_tokens
             assert len(item.sequence.blocks) * self.options["block_size"] >= end
             assert not item.drafts or (item.samples and item.num_new_tokens == 1 and end < self.longest(item.sequence))
-        self.steps.append(step)
+            if item.follows:
+                assert item.sequence in sampled and item.samples and item.num_tokens == 1
+                assert item.start == len(item.sequence.token_ids) < self.longest(item.sequence) - 1
+                assert not request.params.presence_penalty and not request.bad_words_ids
+            else:
+                assert item.start + item.num_new_tokens <= len(item.sequence.token_ids)
 
     @precondition(lambda self: self.steps)
     @rule(breaks=st.sampled_from([False, False, False, True]))
     def complete(self, breaks=False):
-        step = self.steps.pop(0)
+        step, pending = self.steps.pop(0)
+        in_flight = [item.sequence for later, _ in self.steps for item in later.items]
+        num_preemptions = [sequence.num_preemptions for sequence in in_flight]
         if breaks:
+            pending.lose()
             self.take(self.scheduler.fail(EngineError("broken"), step))
         else:
-            self.take(self.scheduler.update(step, self.model.run(step)))
+            self.take(self.scheduler.update(step, pending.results()))
+        assert [sequence.num_preemptions for sequence in in_flight] == num_preemptions
 
     @rule(count=st.integers(1, 8))
     def go_on(self, count):
@@ -176,6 +211,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         stats = self.scheduler.stats
+        for step, pending in self.steps:  # what the device may still write to stays where it is
+            for item, (blocks, _) in zip(step.items, pending.seen, strict=True):
+                assert item.sequence.blocks[: len(blocks)] == blocks
         held = {block for sequence in self.model.sequences for block in sequence.blocks}
         assert stats.num_used_blocks == len(held) <= stats.num_blocks
         assert 0 <= stats.num_accepted_tokens <= stats.num_draft_tokens

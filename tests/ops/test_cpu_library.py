@@ -32,7 +32,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 def test_library_is_there() -> None:
     assert library.load() is not None
     assert library.failure() is None
-    assert library.isa() in ("generic", "neon", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx")
+    assert library.isa() in library.ISA_NAMES
 
 
 def test_missing_library_is_reported_once(
@@ -74,6 +74,25 @@ def test_instruction_set_by_environment() -> None:
     unknown = run_python(code, TURBOLM_ISA="avx9")
     assert "ConfigError: TURBOLM_ISA is 'avx9'; allowed: generic, neon, avx2" in unknown.stderr
     assert "Did you mean 'avx2'?" in unknown.stderr
+
+
+def test_default_is_the_best_set_that_can_be_selected() -> None:
+    default = library.isa()
+    try:
+        available = [name for name in library.ISA_NAMES if library.select_isa(name) and library.isa() == name]
+        assert "generic" in available
+        assert library.select_isa("") and library.isa() == available[-1]
+    finally:
+        library.select_isa(default or "")
+
+
+@pytest.mark.parametrize("name", library.ISA_NAMES)
+def test_environment_never_raises_the_instruction_set(name: str) -> None:
+    """Where a set is not available, the best one below it is used."""
+    used = run_python("from turbolm.ops.cpu import library; print(library.isa())", TURBOLM_ISA=name).stdout.strip()
+    assert library.ISA_NAMES.index(used) <= library.ISA_NAMES.index(name)
+    assert (used == name) == library.select_isa(name)
+    assert library.select_isa("")
 
 
 def test_selecting_an_unknown_instruction_set() -> None:

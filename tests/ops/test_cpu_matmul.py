@@ -19,12 +19,15 @@ from turbolm.ops.cpu.matmul import FORMATS as PACKABLE
 from turbolm.ops.cpu.matmul import PackedLinear, pack, workspace_bytes
 from turbolm.ops.cpu.ops import CpuOps
 from turbolm.quant import FORMATS
+from turbolm.quant.gguf_blocks import BlockFormat
 from turbolm.weights import Weight
 
-ISAS = [name for name in ("generic", "neon", "avx2", "avx512", "avx512vnni", "amx") if library.select_isa(name)]
+ISAS = [name for name in library.ISA_NAMES if library.select_isa(name)]
 assert library.select_isa("")
 QUANTIZED = [name for name in PACKABLE if FORMATS[name].block_size > 1]
 DENSE = ["f32", "f16", "bf16"]
+ROUNDS_TO_BF16 = ("avx512bf16", "amx")  # x, where the weights are bf16
+WITH_MINIMA = ("q4_1", "q5_1", "q2_k", "q4_k", "q5_k")
 OPS = {threads: CpuOps(threads=threads) for threads in (1, 2)}
 
 
@@ -46,11 +49,9 @@ def make_weight(name: str, n: int, k: int, seed: int = 0) -> Weight:
     width = weight_format.block_width
     data = torch.randint(0, 256, (n, blocks, width), generator=generator, dtype=torch.uint8)
     factors = (torch.randn(n, blocks, 2, generator=generator) * 0.01).half().view(torch.uint8).view(n, blocks, 4)
-    if name == "q6_k":
-        data[:, :, 208:] = factors[:, :, :2]
-    else:
-        count = 4 if name in ("q4_1", "q5_1", "q4_k", "q5_k") else 2
-        data[:, :, :count] = factors[:, :, :count]
+    start = {"q2_k": 80, "q3_k": 108, "q6_k": 208}.get(name, 0)
+    count = 4 if name in WITH_MINIMA else 2
+    data[:, :, start : start + count] = factors[:, :, :count]
     return Weight(weight_format, (n, k), {"data": data.view(n, blocks * width)})
 
 
@@ -85,12 +86,14 @@ def check_product(y: Tensor, x: Tensor, weight: Weight) -> None:
     w = weight.dequantize(torch.float32).double()
     magnitude = x.abs().double() @ w.abs().T
     if weight.format.name in DENSE:
-        assert ((y - x.double() @ w.T).abs() <= 1e-6 * magnitude + 1e-12).all()
+        is_rounded = weight.format.name == "bf16" and library.isa() in ROUNDS_TO_BF16
+        exact = x.bfloat16().double() if is_rounded else x.double()
+        assert ((y - exact @ w.T).abs() <= 1e-6 * magnitude + 1e-12).all()
         return
     quantized, scale = quantize(x)
     # Nothing but float32 rounding separates the kernels from exact sums over the rounded activations…
     size = (quantized.abs() + scale) @ w.abs().T
-    cancellation = 20 if weight.format.name in ("q4_1", "q5_1", "q4_k", "q5_k") else 1  # of products and minima
+    cancellation = 20 if weight.format.name in WITH_MINIMA else 1  # of products and minima
     assert ((y - quantized @ w.T).abs() <= 1e-6 * cancellation * size + 1e-12).all()
     # … and nothing but that rounding, at most half a step per value, from the true product.
     assert ((y - x.double() @ w.T).abs() <= 0.502 * scale @ w.abs().T + 1e-5 * size + 1e-12).all()
@@ -116,7 +119,23 @@ def test_any_shape(data: st.DataObject) -> None:
     check_product(multiply(x, packed([weight]), threads=data.draw(st.sampled_from([1, 2]))), x, weight)
 
 
-@pytest.mark.parametrize("name", ["q4_1", "q6_k", "f16"])
+@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 16, 1), (3, 20, 31), (33, 49, 33), (47, 32, 95)])
+def test_dense_of_any_width(isa: str, name: str, rows: int, n: int, k: int) -> None:
+    weight = make_weight(name, n, k)
+    x = random_rows(rows, k)
+    check_product(multiply(x, packed([weight])), x, weight)
+
+
+def test_bf16_activations_are_rounded_to_nearest_even(isa: str) -> None:
+    """Where they are rounded at all; 1 + 2^-8 is halfway between two bf16."""
+    x = torch.tensor([[1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -(1 + 2**-8)]]).T.repeat(1, 2)
+    x[:, 1] = 0
+    y = multiply(x, packed([Weight(FORMATS["bf16"], (1, 2), {"data": torch.ones(1, 2, dtype=torch.bfloat16)})]))
+    assert torch.equal(y[:, 0], x[:, 0].bfloat16().float() if isa in ROUNDS_TO_BF16 else x[:, 0])
+
+
+@pytest.mark.parametrize("name", ["q4_1", "q6_k", "f16", "bf16"])
 def test_long_rows_and_many_of_them(name: str) -> None:
     weight = make_weight(name, 48, 4864)
     x = random_rows(150, 4864)
@@ -146,8 +165,11 @@ def test_instruction_sets_agree_bitwise(name: str) -> None:
     linear = packed([make_weight(name, 40, 512)])
     x = random_rows(19, 512)
     results = []
+    apart = ["generic"]  # it may lack fused multiply-add
+    if name == "bf16":
+        apart += ROUNDS_TO_BF16
     for isa_name in ISAS:
-        if isa_name != "generic":  # it may lack fused multiply-add
+        if isa_name not in apart:
             assert library.select_isa(isa_name)
             results.append(multiply(x, linear))
     assert library.select_isa("")
@@ -155,7 +177,7 @@ def test_instruction_sets_agree_bitwise(name: str) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("name", ["q4_0", "q5_1", "q8_0", "q6_k", "bf16"])
+@pytest.mark.parametrize("name", ["q4_0", "q5_1", "q8_0", "q2_k", "q6_k", "bf16"])
 def test_bad_values_stay_visible_and_in_their_row(isa: str, name: str, value: float) -> None:
     linear = packed([make_weight(name, 33, 256)])
     x = random_rows(12, 256)
@@ -180,12 +202,12 @@ def test_zero_and_tiny_activations(isa: str, name: str) -> None:
 
 
 def test_parts_of_different_formats_share_an_input(isa: str) -> None:
-    names = ["q4_1", "q4_1", "q6_k", "f16", "q8_0"]
-    sizes = [32, 19, 50, 7, 16]
+    names = ["q4_1", "q4_1", "q6_k", "f16", "bf16", "q8_0", "q2_k"]
+    sizes = [32, 19, 50, 7, 40, 16, 20]
     weights = [make_weight(name, n, 256, seed) for seed, (name, n) in enumerate(zip(names, sizes, strict=True))]
     bias = torch.randn(sum(sizes))
     linear = packed(weights, bias)
-    assert (linear.out_features, linear.in_features) == (124, 256)
+    assert (linear.out_features, linear.in_features) == (184, 256)
     for rows in (1, 11, 70):
         x = random_rows(rows, 256)
         alone = torch.cat([multiply(x, packed([weight])) for weight in weights], 1)
@@ -210,12 +232,9 @@ def test_embedding_gives_the_values_of_the_format(name: str) -> None:
     assert torch.equal(OPS[2].embedding(ids, table, 0.5), values * 0.5)
 
 
-@pytest.mark.parametrize("name", [*QUANTIZED, "q2_k"])
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_unpacked_weights_are_multiplied_exactly(name: str) -> None:
-    weight = make_weight("q4_1" if name == "q2_k" else name, 37, 256)
-    if name == "q2_k":
-        data = torch.randint(0, 60, (37, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        weight = Weight(FORMATS[name], (37, 256), {"data": data})
+    weight = make_weight(name, 37, 256)
     x = random_rows(5, 256)
     w = weight.dequantize(torch.float32).double()
     y = multiply(x, packed([weight], unpack=True))
@@ -223,7 +242,8 @@ def test_unpacked_weights_are_multiplied_exactly(name: str) -> None:
 
 
 def test_formats_without_kernels_are_left_to_the_caller() -> None:
-    weight = Weight(FORMATS["q3_k"], (16, 256), {"data": torch.zeros(16, 110, dtype=torch.uint8)})
+    unknown = BlockFormat(35, lambda blocks: blocks.float())  # TQ2_0
+    weight = Weight(unknown, (16, 256), {"data": torch.zeros(16, 66, dtype=torch.uint8)})
     assert pack([weight], None) is None
     assert pack([make_weight("q4_0", 16, 256), weight], None) is None
 
@@ -257,7 +277,7 @@ def test_memory_goes_back_with_the_last_matrix() -> None:
 
 @pytest.mark.parametrize(("rows", "k", "threads"), list(itertools.product((1, 2, 7, 16, 40), (32, 576, 4864), (1, 2))))
 def test_nothing_outside_output_and_workspace_is_touched(rows: int, k: int, threads: int) -> None:
-    linear = packed([make_weight("q4_0", 21, k), make_weight("f32", 10, k)])
+    linear = packed([make_weight("q4_0", 21, k), make_weight("f32", 7, k), make_weight("bf16", 3, k)])
     num_bytes = workspace_bytes(k, rows, threads)
     memory = torch.full((num_bytes + 4096,), 0xA5, dtype=torch.uint8)
     start = -memory.data_ptr() % 64 + 64

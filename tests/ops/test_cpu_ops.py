@@ -14,7 +14,7 @@ from torch import Tensor
 
 from turbolm.ops import AttentionSpec, LayerCache, RopeTable
 from turbolm.ops.cpu import library
-from turbolm.ops.cpu.ops import CpuOps
+from turbolm.ops.cpu.ops import CpuOps, _log_once
 from turbolm.ops.reference import ReferenceOps
 from turbolm.types import Batch
 
@@ -233,6 +233,7 @@ def test_instruction_sets_agree() -> None:
 
 def test_foreign_cache_dtype_falls_back(caplog: pytest.LogCaptureFixture) -> None:
     """A cache that the kernels don't know works on the reference, and the log says so once."""
+    _log_once.cache_clear()
     spec = spec_of(4, 2, 64)
     pool, other = (Pool.make(spec, 16, torch.float64) for _ in range(2))
     for _ in range(2):

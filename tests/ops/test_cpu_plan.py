@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ LIMITS = Limits()
 class TinyModel:
     """Every op that a decoder uses, once per layer."""
 
-    def __init__(self, ops: Ops) -> None:
+    def __init__(self, ops: Ops, has_head_norms: bool = False) -> None:
         self.ops = ops
         generator = torch.Generator().manual_seed(0)
 
@@ -56,13 +56,15 @@ class TinyModel:
         self.norm = torch.randn(HIDDEN, generator=generator)
         angles = torch.outer(torch.arange(256.0), 50.0 ** -(torch.arange(0.0, 16, 2) / 16))
         self.rope = RopeTable(angles.cos(), angles.sin())
+        self.head_norm = torch.randn(16, generator=generator) if has_head_norms else None
 
     def forward(self, batch: Batch, caches: Sequence[LayerCache]) -> Tensor:
         ops = self.ops
         residual = ops.embedding(batch.token_ids, self.table, 1.5)
         x = ops.rms_norm(residual, self.norm, 1e-5)
         for (qkv, output, gate_up, down), cache in zip(self.layers, caches, strict=True):
-            row = ops.rotary_store(ops.linear(x, qkv), batch, cache, SPEC, self.rope, None, None, 1e-5)  # type: ignore[arg-type]
+            norm = self.head_norm
+            row = ops.rotary_store(ops.linear(x, qkv), batch, cache, SPEC, self.rope, norm, norm, 1e-5)  # type: ignore[arg-type]
             x = ops.linear(ops.attention(row, batch, cache, SPEC), output)  # type: ignore[arg-type]
             x, residual = ops.add_rms_norm(x, residual, self.norm, 1e-5)
             x = ops.linear(ops.activate_multiply(ops.linear(x, gate_up), "silu"), down)  # type: ignore[arg-type]
@@ -131,6 +133,22 @@ def test_replay_agrees_with_the_reference() -> None:
         torch.testing.assert_close(forward(batch), reference.forward(batch, reference_caches), atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_lone_tokens_are_bitwise_the_ops(threads: int, dtype: torch.dtype) -> None:
+    """Steps of one token, where threads share less: the same logits and cache, for contexts on both
+    sides of what attention takes at once."""
+    model = TinyModel(CpuOps(threads=threads), has_head_norms=True)
+    caches, eager_caches = make_caches(dtype), make_caches(dtype)
+    forward = record(model, caches, LIMITS)
+    for start, new in [(0, 1), (1, 1), (2, 60), (62, 1), (63, 60), (123, 1), (124, 2), (126, 1), (127, 1), (128, 1)]:
+        tables = torch.arange(10, dtype=torch.int32)[None]
+        batch = replace(make_batch([(0, start, new)]), block_tables=tables)
+        assert torch.equal(forward(batch), model.forward(batch, eager_caches))
+    for cache, eager_cache in zip(caches, eager_caches, strict=True):
+        assert torch.equal(cache.k, eager_cache.k) and torch.equal(cache.v, eager_cache.v)
+
+
 def test_logits_do_not_depend_on_steps_or_company() -> None:
     """A token's logits are the same bits however the prompt was cut and whatever ran beside it."""
     model = TinyModel(CpuOps(threads=2))
@@ -171,18 +189,36 @@ def test_plan_shares_memory() -> None:
     assert sum(plan.barriers) < len(plan)
 
 
+def test_threads_meet_five_times_a_layer_for_one_token() -> None:
+    """Once for each result that no thread has alone: qkv, attention, its projection, gate and up, down."""
+    ops = CpuOps(threads=2)
+    plan = record_plan(TinyModel(ops), ops, make_caches(), LIMITS)
+    assert sum(plan.lone_barriers) <= 5 * LAYERS + 1  # the head's soft cap
+
+
 @st.composite
 def programs(draw: st.DrawFn) -> list[Recorded]:
-    """Instructions that each read up to two earlier results and write a new one."""
+    """Norms and products that each read up to two earlier results and write a new one."""
     buffers: list[Buffer] = []
     recorded = []
     for _ in range(draw(st.integers(1, 25))):
         sources = [draw(st.sampled_from(buffers)) for _ in range(2)] if buffers else [0, 0]
-        target = Buffer((1,), draw(st.integers(1, 5)) * 40)
-        operands = {"x": sources[0], "residual": 0, "weight": sources[1], "y": target}
-        recorded.append(Recorded(instructions.RmsNorm, operands))  # type: ignore[arg-type]
+        target = Buffer((2, 1), draw(st.integers(1, 5)) * 40)
+        if draw(st.booleans()):
+            norm = {"x": sources[0], "residual": 0, "weight": sources[1] if draw(st.booleans()) else 0, "y": target}
+            recorded.append(Recorded(instructions.RmsNorm, norm))  # type: ignore[arg-type]
+        else:
+            product = {"linear": 0, "x": sources[0], "y": target, "workspace": 0}
+            recorded.append(Recorded(instructions.Linear, product))  # type: ignore[arg-type]
         buffers.append(target)
     return recorded
+
+
+Span = tuple[int, int]
+
+
+def overlap(a: Span, b: Span) -> bool:
+    return a[0] < b[1] and b[0] < a[1]
 
 
 @settings(max_examples=100, deadline=None)
@@ -190,8 +226,8 @@ def programs(draw: st.DrawFn) -> list[Recorded]:
 def test_memory_and_barriers_of_any_program(recorded: list[Recorded]) -> None:
     """Nothing that is still needed is overwritten, and a barrier stands between any two
     instructions that touch the same memory, unless both only read it."""
-    ops = CpuOps(threads=1)
-    plan = Plan(ops.team, PlanRecorder(1, 1, 1, recorded), num_logits=1)
+    ops = CpuOps(threads=2)
+    plan = Plan(ops.team, PlanRecorder(2, 1, 1, recorded), num_logits=1)
     last_use = {b: i for i, item in enumerate(recorded) for b in item.buffers()}
     spans = [[(b.offset, b.offset + b.num_bytes) for b in item.buffers()] for item in recorded]
     results = [item.operands["y"] for item in recorded]
@@ -201,9 +237,45 @@ def test_memory_and_barriers_of_any_program(recorded: list[Recorded]) -> None:
         for j in range(i):
             other = results[j]
             assert isinstance(other, Buffer)
-            overlap = other.offset < target.offset + target.num_bytes and target.offset < other.offset + other.num_bytes
-            assert not (overlap and last_use[other] >= i), "overwritten while needed"
-            touches = any(a < y and x < b for a, b in spans[j] for x, y in [spans[i][-1]])
-            reads_result = other in item.buffers()
-            if touches or reads_result:
+            is_shared = overlap((other.offset, other.offset + other.num_bytes), spans[i][-1])
+            assert not (is_shared and last_use[other] >= i), "overwritten while needed"
+            if any(overlap(span, spans[i][-1]) for span in spans[j]) or other in item.buffers():
                 assert any(plan.barriers[j + 1 : i + 1]), "no barrier between"
+
+
+@settings(max_examples=100, deadline=None)
+@given(recorded=programs())
+def test_lone_tokens_of_any_program(recorded: list[Recorded]) -> None:
+    """In steps of one token, no thread touches what another one writes before they have met, and each
+    reads the copies that were written: its own, or the one that all share."""
+    ops = CpuOps(threads=2)
+    plan = Plan(ops.team, PlanRecorder(2, 1, 1, recorded), num_logits=1)
+
+    def has(i: int, flag: int) -> bool:
+        return bool(plan._instructions[i].flags & flag)
+
+    def accesses(i: int, thread: int) -> tuple[list[Span], list[Span]]:
+        """What the thread reads and writes."""
+        own_input = recorded[i].buffers(("x",)) if has(i, instructions.OWN_INPUT) else []
+        own_output = recorded[i].buffers(("y",)) if has(i, instructions.OWN_OUTPUT) else []
+
+        def span(buffer: Buffer) -> Span:
+            if buffer not in own_input + own_output:
+                return buffer.offset, buffer.offset + buffer.num_bytes
+            row = buffer.offset + thread * buffer.num_bytes // 2
+            return row, row + buffer.num_bytes // 2
+
+        return [span(b) for b in recorded[i].buffers()], [span(b) for b in recorded[i].buffers(("y",))]
+
+    is_own = {item.operands["y"]: has(i, instructions.OWN_OUTPUT) for i, item in enumerate(recorded)}
+    for i, item in enumerate(recorded):
+        for name in ("x", "weight"):
+            for source in item.buffers((name,)):
+                assert is_own[source] == (name == "x" and has(i, instructions.OWN_INPUT))
+        for j in range(i):
+            if any(plan.lone_barriers[j + 1 : i + 1]):
+                continue
+            for one, other in ((0, 1), (1, 0)):
+                (reads, writes), (later_reads, later_writes) = accesses(j, one), accesses(i, other)
+                assert not any(overlap(a, b) for a in writes for b in later_reads + later_writes)
+                assert not any(overlap(a, b) for a in reads for b in later_writes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import sys
 from pathlib import Path
@@ -13,9 +14,7 @@ from cyclopts import Parameter
 from turbolm.cli.answer import Answer, ChatEngine
 from turbolm.cli.conversation import CHAT_DEFAULTS, OMITTED, Conversation
 from turbolm.cli.options import given, takes_options
-from turbolm.cli.remote import RemoteLLM
-from turbolm.cli.terminal import Terminal, stream_answer
-from turbolm.cli.view import PlainView
+from turbolm.cli.plain_view import PlainView, stream_answer
 from turbolm.config import DEFAULT_MODEL, EngineConfig
 from turbolm.errors import ConfigError, RequestError
 from turbolm.types import SamplingParams
@@ -60,13 +59,19 @@ def chat(
         if engine_options:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in engine_options)
             raise ConfigError(f"{flags} can't be used with --url: the server has loaded its model already")
+        from turbolm.cli.remote import RemoteLLM
+
         engine = remote = RemoteLLM(url, model, _api_key(api_key))
         conversation = Conversation(remote.default_params, sampling, system)
         remote.explicit = conversation.given
     else:
-        # Loading torch takes seconds, which a remote chat need not wait for.
+        # Loading torch takes seconds, which a remote chat need not wait for. What it makes stays: to look for
+        # garbage in it is a tenth of that time, and later a stall in the middle of an answer.
+        gc.disable()
         from turbolm.llm import AsyncLLM
 
+        gc.freeze()
+        gc.enable()
         engine = AsyncLLM(model or DEFAULT_MODEL, config)
         recommended = engine.default_params
         base = CHAT_DEFAULTS if recommended == SamplingParams() else recommended
@@ -98,6 +103,8 @@ async def _run(engine: ChatEngine, conversation: Conversation, question: str | N
         if question is not None:
             await _answer_once(engine, conversation, question)
             return
+        from turbolm.cli.terminal import Terminal  # the line editor and markdown, which one answer doesn't need
+
         sys.stdout.write(f"{engine.model_name}: Enter sends, /help lists commands, ctrl-D leaves\n")
         plain = not sys.stdout.isatty() or os.environ.get("TERM", "dumb") in ("dumb", "unknown")
         await Terminal(engine, conversation, plain=plain).run()

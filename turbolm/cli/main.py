@@ -27,6 +27,9 @@ app = App(
 app.command("turbolm.cli.chat:chat", name="chat", help="Talk to a model in the terminal, or answer one prompt.")
 app.command("turbolm.cli.models:app", name="models", help="List, fetch and delete models.")
 app.command(
+    "turbolm.bench.commands:app", name="bench", help="Time this machine: a model's tokens per second, the kernels."
+)
+app.command(
     "turbolm.cli.doctor:doctor", name="doctor", help="Show what this machine has, and what turbolm makes of it."
 )
 

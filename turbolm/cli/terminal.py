@@ -20,23 +20,12 @@ from rich.console import Console
 from turbolm.cli.answer import Answer, ChatEngine
 from turbolm.cli.commands import CommandCompleter, run_command
 from turbolm.cli.conversation import Conversation
-from turbolm.cli.view import MarkdownView, PlainView
+from turbolm.cli.plain_view import PlainView, stream_answer
+from turbolm.cli.view import MarkdownView
 from turbolm.env import cache_folder
 from turbolm.errors import ContextOverflowError, TurbolmError
 
 _STYLE = Style.from_dict({"prompt": "bold ansigreen", "bottom-toolbar": "noreverse fg:ansibrightblack"})
-
-
-View = MarkdownView | PlainView
-
-
-async def stream_answer(engine: ChatEngine, conversation: Conversation, answer: Answer, view: View) -> None:
-    """Asks for the next answer and shows it as it comes. Leaving early cancels it."""
-    stream = engine.chat(conversation.messages, conversation.params)
-    async with contextlib.aclosing(stream):  # type: ignore[type-var]  # both engines give async generators
-        async for output in stream:
-            answer.push(output)
-            view.update(answer)
 
 
 class Terminal:
@@ -85,7 +74,7 @@ class Terminal:
         """One question and its answer. Ctrl-C keeps the part of the answer that came."""
         answer, note = Answer(), None
         self._conversation.ask(text)
-        view: View = PlainView() if self._plain else MarkdownView()
+        view: MarkdownView | PlainView = PlainView() if self._plain else MarkdownView()
         task = asyncio.ensure_future(stream_answer(self._engine, self._conversation, answer, view))
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGINT, task.cancel)

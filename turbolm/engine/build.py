@@ -9,16 +9,18 @@ from dataclasses import dataclass
 import torch
 
 from turbolm.config import ModelNeeds, ResolvedConfig
-from turbolm.engine.graph import record
+from turbolm.engine.device_runner import DeviceRunner
+from turbolm.engine.engine import StepRunner
+from turbolm.engine.graph import DecodeGraphs, record
 from turbolm.engine.runner import Runner
 from turbolm.engine.scheduler import Scheduler
 from turbolm.engine.speculative import PromptLookup
 from turbolm.models.checkpoint import Checkpoint
-from turbolm.models.decoder import cache_spec, load_decoder
+from turbolm.models.decoder import Decoder, cache_spec, load_decoder
 from turbolm.models.loader import Loader, Progress
 from turbolm.models.null import NULL_VOCABULARY, NullModel
-from turbolm.models.spec import DecoderSpec
-from turbolm.ops import sampling
+from turbolm.models.spec import DecoderSpec, LayerSpec
+from turbolm.ops import DeviceOps, LayerCache, sampling
 from turbolm.ops.cpu import sampling as native_sampling
 from turbolm.ops.cpu.ops import CpuOps
 from turbolm.ops.select import select_ops
@@ -27,7 +29,7 @@ from turbolm.ops.select import select_ops
 @dataclass(frozen=True, slots=True)
 class EngineParts:
     scheduler: Scheduler
-    runner: Runner
+    runner: StepRunner
 
 
 def model_needs(name: str, checkpoint: Checkpoint, spec: DecoderSpec) -> ModelNeeds:
@@ -39,7 +41,14 @@ def model_needs(name: str, checkpoint: Checkpoint, spec: DecoderSpec) -> ModelNe
         num_parameters=sum(math.prod(info.shape) for info in checkpoint.source.tensors.values()),
         kv_elements_per_token=sum(layer.elements_per_token for layer in cache_spec(spec, torch.float32).layers),
         num_logits=spec.vocab_size,
+        activation_elements=max(_activation_elements(layer, spec.hidden_size) for layer in spec.layers),
     )
+
+
+def _activation_elements(layer: LayerSpec, hidden_size: int) -> int:
+    """Numbers per token that are alive at once while the layer is computed, at most."""
+    attention = layer.attention.qkv_width + layer.attention.num_heads * layer.attention.v_head_dim
+    return 4 * hidden_size + max(attention, 3 * layer.mlp.width)
 
 
 def build(
@@ -55,9 +64,20 @@ def build(
     caches = cache_spec(spec, getattr(torch, config.kv_dtype)).allocate(
         config.num_blocks, config.block_size, ops.device
     )
+    return EngineParts(_scheduler(config), _runner(model, caches, config, vocab_size))
+
+
+def _runner(model: Decoder, caches: list[LayerCache], config: ResolvedConfig, vocab_size: int) -> StepRunner:
+    ops = model.ops
+    forward = record(model, caches, config)
+    if isinstance(ops, DeviceOps):
+        ops.finish_loading(config.max_logit_rows, model.spec.vocab_size)
+        graphs = DecodeGraphs(forward, config, config.block_size, ops.device)
+        return DeviceRunner(
+            forward, graphs, config, config.block_size, ops.device, vocab_size, ops.sample, ops.resolve_tokens
+        )
     sample_rows = functools.partial(native_sampling.sample, ops.team) if isinstance(ops, CpuOps) else sampling.sample
-    runner = Runner(record(model, caches, config), config.block_size, ops.device, vocab_size, sample_rows)
-    return EngineParts(_scheduler(config), runner)
+    return Runner(forward, config.block_size, ops.device, vocab_size, sample_rows)
 
 
 def null_needs() -> ModelNeeds:

@@ -19,8 +19,26 @@ logger = logging.getLogger(__name__)
 Deliver = Callable[[Sequence[Output]], None]
 
 
+class PendingStep(Protocol):
+    """A step that a device may still be computing."""
+
+    def results(self) -> list[StepResult]:
+        """Waits for them: one per item, in the step's order. May raise."""
+
+
 class StepRunner(Protocol):
-    def run(self, step: Step) -> list[StepResult]: ...
+    """Computes steps in the order in which they are submitted."""
+
+    depth: int
+    """How many steps may be in flight: while the device computes one, the next is made and submitted.
+    1: `submit` itself computes the step."""
+
+    def submit(self, step: Step) -> PendingStep:
+        """Starts a step. May raise: then nothing comes of it, and those before it are not touched."""
+
+    def warm_up(self) -> bool:
+        """Prepares a part of what makes steps faster, while there is nothing to compute; False: nothing is
+        left to prepare. May raise."""
 
 
 class Engine:
@@ -32,18 +50,21 @@ class Engine:
         self._runner = runner
         self._deliver = deliver
         self._changed = threading.Condition()
-        self._submitted: collections.deque[Request] = collections.deque()
+        self._submitted: collections.deque[tuple[Request, bool]] = collections.deque()
         self._cancelled: collections.deque[tuple[str, int]] = collections.deque()
         self._closing = False
+        self._in_flight: collections.deque[tuple[Step, PendingStep]] = collections.deque()
+        self._is_warm = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="turbolm-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, requests: Sequence[Request]) -> None:
-        """Queue requests. Raises EngineError when the engine is closed."""
+    def submit(self, requests: Sequence[Request], deltas: bool = True) -> None:
+        """Queue requests. With `deltas`, outputs come as tokens do; without, each request gets one
+        output with all of them, at its end. Raises EngineError when the engine is closed."""
         with self._changed:
             if self._closing:
                 raise EngineError("the engine is closed")
-            self._submitted.extend(requests)
+            self._submitted.extend([(request, deltas) for request in requests])
             self._changed.notify()
 
     def cancel(self, request_id: str, index: int = 0) -> None:
@@ -62,24 +83,31 @@ class Engine:
 
     def _loop(self) -> None:
         while self._take_in():
-            step = self._scheduler.next_batch()
+            is_full = len(self._in_flight) >= self._runner.depth
+            step = None if is_full else self._scheduler.next_batch()
             if step is not None:
-                self._deliver(self._run(step))
+                self._start(step)
+            if self._in_flight and (step is None or len(self._in_flight) >= self._runner.depth):
+                self._complete_oldest()
         self._deliver(self._scheduler.fail(EngineError("the engine was closed")))
+        while self._in_flight:  # the device must be at rest before its memory goes
+            self._complete_oldest()
 
     def _take_in(self) -> bool:
         """Wait for work, move what was submitted into the scheduler; False: the engine closes."""
+        while self._is_idle and self._warm_up():
+            pass
         with self._changed:
-            while not (self._submitted or self._cancelled or self._closing or self._scheduler.has_work):
+            while self._is_idle:
                 self._changed.wait()
             submitted, cancelled = list(self._submitted), list(self._cancelled)
             self._submitted.clear()
             self._cancelled.clear()
             closing = self._closing
         outputs: list[Output] = []
-        for request in submitted:
+        for request, deltas in submitted:
             try:
-                self._scheduler.add(request)
+                self._scheduler.add(request, deltas)
             except TurbolmError as error:
                 outputs.append(Output(request.id, request.index, finish_reason="error", error=error))
         ended = (self._scheduler.cancel(request_id, index) for request_id, index in cancelled)
@@ -88,10 +116,43 @@ class Engine:
             self._deliver(outputs)
         return not closing
 
-    def _run(self, step: Step) -> Sequence[Output]:
+    @property
+    def _is_idle(self) -> bool:
+        is_asked = self._submitted or self._cancelled or self._closing
+        return not (is_asked or self._in_flight or self._scheduler.has_work)
+
+    def _warm_up(self) -> bool:
+        if not self._is_warm.is_set():
+            try:
+                if self._runner.warm_up():
+                    return True
+            except Exception:
+                logger.exception("steps can't be prepared further: some are computed a slower way")
+            self._is_warm.set()
+        return False
+
+    def wait_until_warm(self, timeout: float | None = None) -> bool:
+        """Wait until steps are as fast as they get. Work that comes before goes first, and delays it."""
+        return self._is_warm.wait(timeout)
+
+    def _start(self, step: Step) -> None:
         try:
-            return self._scheduler.update(step, self._runner.run(step))
+            self._in_flight.append((step, self._runner.submit(step)))
+        except Exception as error:
+            logger.exception("a step could not be started; its %d requests end with an error", len(step.items))
+            while self._in_flight:
+                self._complete_oldest()
+            self._deliver(self._scheduler.fail(_failure(error), step))
+
+    def _complete_oldest(self) -> None:
+        step, pending = self._in_flight.popleft()
+        try:
+            outputs = self._scheduler.update(step, pending.results())
         except Exception as error:
             logger.exception("a step failed; its %d requests end with an error", len(step.items))
-            failure = error if isinstance(error, TurbolmError) else EngineError(f"a step failed: {error!r}")
-            return self._scheduler.fail(failure, step)
+            outputs = self._scheduler.fail(_failure(error), step)
+        self._deliver(outputs)
+
+
+def _failure(error: Exception) -> TurbolmError:
+    return error if isinstance(error, TurbolmError) else EngineError(f"a step failed: {error!r}")

@@ -1,14 +1,20 @@
-"""Recording a model's step once, to replay it without Python: the same batches, the same results."""
+"""Recording a model's step once, to replay it without Python: the same batches, the same results.
+
+On the CPU a plan of native instructions serves steps of any shape; on a GPU, CUDA graphs serve steps
+of decodes alone, one graph per number of sequences (`DecodeGraphs`).
+"""
 
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from turbolm.engine.batch import Ints, StepArrays
 from turbolm.ops import LayerCache, Ops
 from turbolm.ops.cpu.ops import CpuOps
 from turbolm.ops.cpu.plan import NotRecordableError, Plan, PlanRecorder
@@ -83,3 +89,119 @@ def _largest_batch(limits: Limits) -> Batch:
         max_query=tokens,
         max_context=limits.max_context,
     )
+
+
+def graph_sizes(max_batch_size: int) -> list[int]:
+    """Numbers of sequences that have a graph of their own; others are padded to the next one."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 512, 32), *range(512, max_batch_size, 64)]
+    return [*(size for size in sizes if size < max_batch_size), max_batch_size]
+
+
+class DecodeGraphs:
+    """CUDA graphs of the steps that compute one token per sequence. Inputs are copied to where the
+    graphs read them; rows that pad a step belong to no sequence (context 0) and store nothing (slot -1)."""
+
+    def __init__(self, forward: Forward, limits: Limits, block_size: int, device: torch.device) -> None:
+        self._forward = forward
+        self._limits = limits
+        self._device = device
+        self._columns = -(-limits.max_context // block_size)
+        self._sizes = graph_sizes(limits.max_batch_size)
+        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+        size = limits.max_batch_size
+        self._inputs = torch.zeros(self.input_length, dtype=torch.int32, device=device)
+        self._counting = torch.arange(size + 1, dtype=torch.int32, device=device)
+
+    @property
+    def num_pending(self) -> int:
+        """Sizes that have no graph yet."""
+        return len(self._sizes) - len(self._captured)
+
+    def size_for(self, arrays: StepArrays) -> int | None:
+        """The captured size that serves the step; None: it has to be computed without a graph."""
+        count = arrays.num_decodes
+        if arrays.max_query != 1 or len(arrays.logit_rows) != count or count > self._sizes[-1]:
+            return None
+        size = self._sizes[bisect_left(self._sizes, count)]
+        return size if size in self._captured else None
+
+    @property
+    def input_length(self) -> int:
+        """int32 elements that `fill` may write."""
+        size = self._sizes[-1]
+        return 4 * _stride(size) + size * self._columns
+
+    def fill(self, arrays: StepArrays, size: int, host: Ints) -> int:
+        """Write the step's inputs into `host` as the graph of `size` expects them; how many elements
+        are to be copied."""
+        count, stride = len(arrays.token_ids), _stride(size)
+        head = host[: 4 * stride].reshape(4, stride)
+        for row, (array, padding) in zip(
+            head,
+            ((arrays.token_ids, 0), (arrays.positions, 0), (arrays.slots, -1), (arrays.context_lens, 0)),
+            strict=True,
+        ):
+            row[:count] = array
+            row[count:] = padding
+        length = 4 * stride + count * self._columns
+        tables = host[4 * stride : length].reshape(count, self._columns)
+        tables[:, : arrays.block_tables.shape[1]] = arrays.block_tables
+        return length
+
+    def inputs(self, length: int) -> Tensor:
+        """Where `fill`'s first `length` elements are to be copied to, on the device."""
+        return self._inputs[:length]
+
+    def token_ids(self, size: int) -> Tensor:
+        return self._inputs[:size]
+
+    def replay(self, size: int) -> Tensor:
+        """Compute → logits [size, v], valid until the next step."""
+        graph, logits = self._captured[size]
+        graph.replay()
+        return logits
+
+    def capture_next(self) -> bool:
+        """Capture the largest size that has no graph yet; False: all have one. Nothing else may be
+        computed meanwhile."""
+        left = [size for size in self._sizes if size not in self._captured]
+        if not left:
+            return False
+        size = left[-1]
+        self._inputs.zero_()
+        batch = self._batch(size)
+        batch.slots.fill_(-1)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            self._forward(batch)  # compiles kernels, and lets libraries allocate
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            logits = self._forward(batch)
+        self._captured[size] = (graph, logits)
+        return True
+
+    def _batch(self, size: int) -> Batch:
+        stride = _stride(size)
+        head = self._inputs[: 4 * stride].view(4, stride)[:, :size]
+        return Batch(
+            token_ids=head[0],
+            positions=head[1],
+            slots=head[2],
+            query_start=self._counting[: size + 1],
+            context_lens=head[3],
+            block_tables=self._inputs[4 * stride :][: size * self._columns].view(size, self._columns),
+            logit_rows=self._counting[:size],
+            num_tokens=size,
+            num_sequences=size,
+            max_query=1,
+            max_context=self._limits.max_context,
+            num_decodes=size,
+        )
+
+
+def _stride(size: int) -> int:
+    """Elements from one input to the next: each begins at a multiple of 16 bytes, as kernels are compiled for."""
+    return -(-size // 4) * 4

@@ -12,25 +12,45 @@ class Job:
     """A live sequence."""
 
     __slots__ = (
-        "asks_prompt_logprobs", "block_size", "deferred", "drafter", "has_answer", "keys", "max_blocks",
-        "max_length", "min_length", "num_in_flight", "num_prompt_logprobs", "num_scheduled", "place", "priority",
-        "sequence", "stops",
+        "asks_prompt_logprobs", "block_size", "deferred", "deltas", "drafter", "has_answer", "held_logprobs",
+        "held_prompt_logprobs", "keys", "max_blocks", "max_length", "min_length", "num_in_flight",
+        "num_prompt_logprobs", "num_scheduled", "place", "priority", "reads_answer", "sampled_by", "sequence", "stops",
     )  # fmt: skip
 
     def __init__(
-        self, sequence: Sequence, number: int, max_context: int, block_size: int, drafter: Drafter | None = None
+        self,
+        sequence: Sequence,
+        number: int,
+        max_context: int,
+        block_size: int,
+        drafter: Drafter | None = None,
+        deltas: bool = True,
     ) -> None:
+        """`number`: how many came before. `deltas`: what each step yields goes out at once."""
         request = sequence.request
         params = request.params
         num_prompt = sequence.num_prompt
         self.sequence = sequence
         self.block_size = block_size
         self.drafter = drafter
+        self.deltas = deltas
         self.priority = request.priority
         self.place = (request.priority, number)  # the order of all work; unique
         self.keys = BlockKeys(sequence.token_ids, block_size, request.tenant, request.adapter)
-        self.num_scheduled = 0  # leading tokens that steps so far compute; sequence.num_computed follows at update
+        # Leading tokens that steps so far compute; sequence.num_computed follows at update. One more than
+        # are known where the last step computes what the one before samples.
+        self.num_scheduled = 0
         self.num_in_flight = 0  # steps with it that are not updated
+        self.sampled_by = -1  # number of the step whose token the next step may compute before it's known
+        # Which tokens the answer holds bears on the choice of the next, and the host computes how.
+        self.reads_answer = bool(
+            params.presence_penalty
+            or params.frequency_penalty
+            or params.repetition_penalty != 1.0
+            or request.bad_words_ids
+        )
+        self.held_logprobs: list[TokenLogprob] = []  # without deltas: what the last output will bring
+        self.held_prompt_logprobs: list[TokenLogprob | None] = []
         self.asks_prompt_logprobs = params.prompt_logprobs is not None
         self.num_prompt_logprobs = 0  # handed out, of those asked for
         self.deferred = (-1, -1)  # the block (index) that it last waited for, and the step that computed it
@@ -44,13 +64,13 @@ class Job:
 
     @property
     def num_left(self) -> int:
-        """Known tokens that no step computes yet."""
+        """Known tokens that no step computes yet; -1 where a step computes the one after them."""
         return len(self.sequence.token_ids) - self.num_scheduled
 
     @property
     def num_needed(self) -> int:
-        """Blocks for all known tokens."""
-        return -(-len(self.sequence.token_ids) // self.block_size)
+        """Blocks for all tokens that are known or being computed."""
+        return -(-max(len(self.sequence.token_ids), self.num_scheduled) // self.block_size)
 
     @property
     def num_wanted(self) -> int:
@@ -73,10 +93,20 @@ class Job:
         that there is something to sample from; all are where the prompt's log-probabilities are due."""
         return 0 if self.wants_prompt_logprobs else (len(self.sequence.token_ids) - 1) // self.block_size
 
+    @property
+    def answer(self) -> tuple[int, ...]:
+        """All its tokens so far, less a stop token that is not part of it."""
+        sequence = self.sequence
+        is_hidden = sequence.stop is not None and not sequence.request.params.include_stop
+        return tuple(sequence.token_ids[sequence.num_prompt : len(sequence.token_ids) - is_hidden])
+
     def append(self, token_ids: tuple[int, ...]) -> tuple[int, FinishReason | None, int | None]:
         """Appends sampled tokens as far as the answer goes: how many, and if it ends so, why and with
         which stop token."""
         known = self.sequence.token_ids
+        if len(token_ids) == 1 and token_ids[0] not in self.stops and len(known) + 1 < self.max_length:
+            known.append(token_ids[0])  # as hundreds of times per step
+            return 1, None, None
         for number, token in enumerate(token_ids, 1):
             known.append(token)
             if token in self.stops and len(known) > self.min_length:
@@ -84,6 +114,11 @@ class Job:
             if len(known) >= self.max_length:
                 return number, "length", None
         return len(token_ids), None, None
+
+    def hold(self, logprobs: tuple[TokenLogprob, ...], prompt_logprobs: tuple[TokenLogprob | None, ...]) -> None:
+        """Keeps for the last output what a step yielded."""
+        self.held_logprobs += logprobs
+        self.held_prompt_logprobs += prompt_logprobs
 
     def new_prompt_logprobs(
         self, start: int, entries: tuple[TokenLogprob | None, ...]
@@ -101,8 +136,10 @@ class OpenStep:
         """What prompts may use: the decodes' share is taken off beforehand."""
         self.num_tokens = num_tokens
         self.num_logit_rows = num_logit_rows
-        self.decodes: list[tuple[ScheduledSequence, Job]] = []
-        self.prefills: list[tuple[ScheduledSequence, Job]] = []
+        self.decodes: list[ScheduledSequence] = []
+        self.decode_jobs: list[Job] = []
+        self._prefills: list[ScheduledSequence] = []
+        self._prefill_jobs: list[Job] = []
 
     def room(self, job: Job) -> int:
         """How many of the job's tokens fit. Where the prompt's log-probabilities are asked for, each of
@@ -112,16 +149,25 @@ class OpenStep:
         num_new = min(job.num_left, self.num_tokens)
         return min(num_new, self.num_logit_rows) if job.asks_prompt_logprobs else num_new
 
+    def add_decode(self, item: ScheduledSequence, job: Job) -> None:
+        self.decodes.append(item)
+        self.decode_jobs.append(job)
+
     def add_prompt(self, item: ScheduledSequence, job: Job) -> None:
         """Adds what fits the room."""
         self.num_tokens -= item.num_new_tokens
         self.num_logit_rows -= item.num_new_tokens if job.asks_prompt_logprobs else item.samples
-        (self.decodes if item.samples and item.num_new_tokens == 1 else self.prefills).append((item, job))
+        if item.samples and item.num_new_tokens == 1:
+            self.add_decode(item, job)
+        else:
+            self._prefills.append(item)
+            self._prefill_jobs.append(job)
 
     def finish(self) -> tuple[Step, list[Job]] | None:
         """The step and its items' jobs; None if it is empty."""
-        parts = self.decodes + self.prefills
-        if not parts:
+        items = (*self.decodes, *self._prefills)
+        if not items:
             return None
-        step = Step(tuple([item for item, _ in parts]), sum([item.num_tokens for item, _ in parts]))
-        return step, [job for _, job in parts]
+        num_drafts = sum([len(item.drafts) for item in self.decodes if item.drafts])
+        num_tokens = len(self.decodes) + num_drafts + sum([item.num_new_tokens for item in self._prefills])
+        return Step(items, num_tokens), self.decode_jobs + self._prefill_jobs

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from turbolm.engine.batch import lay_out
 from turbolm.engine.graph import Forward
 from turbolm.engine.sampler import Choice, Sampler, SampleRows, token_logprobs
 from turbolm.engine.speculative import num_accepted
 from turbolm.engine.step import ScheduledSequence, Step, StepResult
 from turbolm.errors import EngineError
 from turbolm.ops.sampling import sample
-from turbolm.types import Batch, TokenLogprob
+from turbolm.types import TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """A step whose results are there."""
+
+    step_results: list[StepResult]
+
+    def results(self) -> list[StepResult]:
+        return self.step_results
 
 
 class Runner:
-    """`forward` is the model's call or a replay of it (engine/graph.py): same batch, same results."""
+    """Computes each step when it is submitted. `forward` is the model's call or a replay of it
+    (engine/graph.py): same batch, same results."""
+
+    depth = 1
 
     def __init__(
         self,
@@ -36,76 +50,52 @@ class Runner:
         self._device = device
         self._sampler = Sampler(sample_rows)
 
+    def submit(self, step: Step) -> Completed:
+        return Completed(self.run(step))
+
+    def warm_up(self) -> bool:
+        return False
+
     @torch.inference_mode()
     def run(self, step: Step) -> list[StepResult]:
         """One result per item of the step, in its order."""
-        items = step.items
-        rows = [_logit_rows(item) for item in items]
-        logits = self._forward(self._batch(step, rows))
-        ends = list(itertools.accumulate(len(item_rows) for item_rows in rows))
-        scores = [
-            _prompt_logprobs(logits[end - len(item_rows) : end], item)
-            for item, item_rows, end in zip(items, rows, ends, strict=True)
-        ]
-        choices = [_choices(item) for item in items]
-        choice_rows = [row for its, end in zip(choices, ends, strict=True) for row in range(end - len(its), end)]
-        logits = logits[:, : self._vocab_size]
-        if len(choice_rows) != logits.shape[0]:
-            logits = logits[torch.tensor(choice_rows, dtype=torch.int64, device=logits.device)]
-        tokens: list[int] = []
-        logprobs: list[TokenLogprob | None] = []
-        if choice_rows:
-            tokens, logprobs = self._sampler.sample(logits, list(itertools.chain.from_iterable(choices)))
-        results, first = [], 0
-        for item, its, score in zip(items, choices, scores, strict=True):
-            last = first + len(its)
-            results.append(_result(item, tokens[first:last], logprobs[first:last], score))
-            first = last
-        return results
-
-    def _batch(self, step: Step, rows: list[list[int]]) -> Batch:
-        items, size = step.items, self._block_size
-        counts = np.array([item.num_tokens for item in items], np.int32)
-        first_positions = np.array([item.start for item in items], np.int32)
-        starts = np.zeros(len(items) + 1, np.int32)
-        np.cumsum(counts, out=starts[1:])
-        num_tokens = int(starts[-1])
-        contexts = first_positions + counts
-        tables = np.zeros((len(items), -(-int(contexts.max()) // size)), np.int32)
-        tokens: list[int] = []
-        for i, item in enumerate(items):
-            sequence, num_blocks = item.sequence, -(-int(contexts[i]) // size)
-            tables[i, :num_blocks] = sequence.blocks[:num_blocks]
-            tokens += sequence.token_ids[item.start : item.start + item.num_new_tokens]
-            tokens += item.drafts
-        token_ids = np.array(tokens, np.int32)
-        positions = np.arange(num_tokens, dtype=np.int32) + np.repeat(first_positions - starts[:-1], counts)
-        owners = np.repeat(np.arange(len(items)), counts)
-        slots = tables[owners, positions // size] * size + positions % size
-        logit_rows = np.array(
-            [starts[i] + row for i, item_rows in enumerate(rows) for row in item_rows], dtype=np.int32
-        )
-
-        def tensor(array: np.ndarray[tuple[int, ...], np.dtype[np.int32]]) -> Tensor:
-            made = torch.from_numpy(array)
-            return made if self._device.type == "cpu" else made.to(self._device, non_blocking=True)
-
-        return Batch(
-            token_ids=tensor(token_ids),
-            positions=tensor(positions),
-            slots=tensor(slots),
-            query_start=tensor(starts),
-            context_lens=tensor(contexts),
-            block_tables=tensor(tables),
-            logit_rows=tensor(logit_rows),
-            num_tokens=num_tokens,
-            num_sequences=len(items),
-            max_query=int(counts.max()),
-            max_context=int(contexts.max()),
-        )
+        rows = [logit_rows_of(item) for item in step.items]
+        arrays = lay_out(step, self._block_size, rows)
+        logits = self._forward(arrays.batch(lambda array: torch.from_numpy(array).to(self._device)))
+        return compute_results(logits, step.items, self._sampler, self._vocab_size)[0]
 
 
-def _logit_rows(item: ScheduledSequence) -> list[int]:
+def compute_results(
+    logits_rv: Tensor,
+    items: tuple[ScheduledSequence, ...],
+    sampler: Sampler,
+    vocab_size: int,
+) -> tuple[list[StepResult], list[int]]:
+    """From the logits of each item's rows: a result per item, and all chosen tokens in order."""
+    rows = [logit_rows_of(item) for item in items]
+    ends = list(itertools.accumulate(len(item_rows) for item_rows in rows))
+    scores = [
+        _prompt_logprobs(logits_rv[end - len(item_rows) : end], item)
+        for item, item_rows, end in zip(items, rows, ends, strict=True)
+    ]
+    choices = [_choices(item) for item in items]
+    choice_rows = [row for its, end in zip(choices, ends, strict=True) for row in range(end - len(its), end)]
+    logits = logits_rv[:, :vocab_size]
+    if len(choice_rows) != logits.shape[0]:
+        logits = logits[torch.tensor(choice_rows, dtype=torch.int64, device=logits.device)]
+    tokens: list[int] = []
+    logprobs: list[TokenLogprob | None] = []
+    if choice_rows:
+        tokens, logprobs = sampler.sample(logits, list(itertools.chain.from_iterable(choices)))
+    results, first = [], 0
+    for item, its, score in zip(items, choices, scores, strict=True):
+        last = first + len(its)
+        results.append(_result(item, tokens[first:last], logprobs[first:last], score))
+        first = last
+    return results, tokens
+
+
+def logit_rows_of(item: ScheduledSequence) -> list[int]:
     """Rows of the item's tokens whose logits are wanted: those that predict a prompt token whose
     log-probability is asked for (position p predicts token p + 1), and where it samples, the last new
     token's and the drafts'."""
@@ -122,6 +112,8 @@ def _choices(item: ScheduledSequence) -> list[Choice]:
     """What its last rows of logits are for."""
     if not item.samples:
         return []
+    if item.follows:
+        return [Choice(item.sequence, num_ahead=1)]
     return [Choice(item.sequence, item.drafts[:count]) for count in range(len(item.drafts) + 1)]
 
 
@@ -134,9 +126,14 @@ def _result(
     """`tokens`: chosen after each leading part of the drafts. Those that follow a wrong draft are void."""
     count = num_accepted(item.drafts, tokens) + 1 if tokens else 0
     if count and tokens[count - 1] < 0:
-        return StepResult(error=EngineError("the model's logits are not numbers, or every token is banned"))
+        return StepResult(error=no_distribution())
     entries = tuple([entry for entry in logprobs[:count] if entry is not None])
     return StepResult(tuple(tokens[:count]), entries, prompt_logprobs)
+
+
+def no_distribution() -> EngineError:
+    """What ends a sequence for which no token could be chosen."""
+    return EngineError("the model's logits are not numbers, or every token is banned")
 
 
 def _prompt_logprobs(logits_rv: Tensor, item: ScheduledSequence) -> tuple[TokenLogprob | None, ...]:

@@ -6,8 +6,6 @@ on what else is in the batch, on how often the sequence was preempted, or on whi
 
 from __future__ import annotations
 
-import hashlib
-import os
 import weakref
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
@@ -17,10 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from turbolm.engine.randomness import stream_key, uniform_at
 from turbolm.ops.sampling import sample
-from turbolm.types import SamplingParams, Sequence, TokenLogprob
-
-_TWO_53 = float(1 << 53)
+from turbolm.types import Request, SamplingParams, Sequence, TokenLogprob
 
 #: A token per row, as `ops.sampling.sample` defines it, of its arguments. May be -1 where a row has no
 #: distribution.
@@ -32,11 +29,35 @@ class Choice(NamedTuple):
 
     sequence: Sequence
     drafts: tuple[int, ...] = ()
+    num_ahead: int = 0  # tokens between the known ones and this one that an earlier step still computes
 
     @property
     def num_output(self) -> int:
         """How long the answer is without the token."""
-        return self.sequence.num_output + len(self.drafts)
+        return self.sequence.num_output + len(self.drafts) + self.num_ahead
+
+
+class _Columns(NamedTuple):
+    """What `SampleRows` takes, of these rows."""
+
+    params: list[SamplingParams]
+    is_greedy: bool  # all rows
+    filters: tuple[Tensor, Tensor, Tensor, Tensor]  # temperature, top_k, top_p, min_p
+    uniform_r: Tensor  # zeros
+
+    @classmethod
+    def of(cls, params: list[SamplingParams], device: torch.device) -> _Columns:
+        def column(name: str, dtype: torch.dtype) -> Tensor:
+            return torch.tensor([getattr(p, name) for p in params], dtype=dtype, device=device)
+
+        filters = (
+            column("temperature", torch.float32),
+            column("top_k", torch.int64),
+            column("top_p", torch.float32),
+            column("min_p", torch.float32),
+        )
+        uniform_r = torch.zeros(len(params), dtype=torch.float64, device=device)
+        return cls(params, all(p.is_greedy for p in params), filters, uniform_r)
 
 
 class Sampler:
@@ -45,8 +66,8 @@ class Sampler:
 
     def __init__(self, sample_rows: SampleRows = sample) -> None:
         self._sample_rows = sample_rows
-        self._salt = os.urandom(16)  # makes requests without a seed differ between runs
         self._histories: weakref.WeakKeyDictionary[Sequence, _History] = weakref.WeakKeyDictionary()
+        self._columns: _Columns | None = None  # of the last step: steps often follow with the same requests
 
     def sample(self, logits_rv: Tensor, choices: Rows[Choice]) -> tuple[list[int], list[TokenLogprob | None]]:
         """Each row's token, and its log-probabilities where asked for. May change `logits_rv` (float32).
@@ -70,30 +91,20 @@ class Sampler:
 
     def _draw(self, logits_rv: Tensor, choices: Rows[Choice]) -> list[int]:
         params = [choice.sequence.request.params for choice in choices]
-        device = logits_rv.device
-
-        def column(name: str, dtype: torch.dtype) -> Tensor:
-            return torch.tensor([getattr(p, name) for p in params], dtype=dtype, device=device)
-
-        uniform = [0.0 if p.is_greedy else self._uniform(choice) for p, choice in zip(params, choices, strict=True)]
-        found = self._sample_rows(
-            logits_rv.contiguous(),
-            column("temperature", torch.float32),
-            column("top_k", torch.int64),
-            column("top_p", torch.float32),
-            column("min_p", torch.float32),
-            torch.tensor(uniform, dtype=torch.float64, device=device),
-        )
-        return [int(token) for token in found.tolist()]
+        columns = self._columns
+        if columns is None or columns.params != params or columns.uniform_r.device != logits_rv.device:
+            columns = self._columns = _Columns.of(params, logits_rv.device)
+        uniform_r = columns.uniform_r
+        if not columns.is_greedy:
+            uniform = [0.0 if p.is_greedy else self._uniform(choice) for p, choice in zip(params, choices, strict=True)]
+            uniform_r = torch.tensor(uniform, dtype=torch.float64, device=logits_rv.device)
+        tokens: list[int] = self._sample_rows(logits_rv.contiguous(), *columns.filters, uniform_r).tolist()
+        return tokens
 
     def _uniform(self, choice: Choice) -> float:
         """A number in [0, 1) that is a function of the request's seed, its index and the position in
         the answer."""
-        request = choice.sequence.request
-        seed = request.params.seed
-        key = self._salt + request.id.encode() if seed is None else str(seed).encode()
-        digest = hashlib.blake2b(b"%b/%d/%d" % (key, request.index, choice.num_output), digest_size=8).digest()
-        return (int.from_bytes(digest, "little") >> 11) / _TWO_53
+        return uniform_at(stream_key(choice.sequence.request), choice.num_output)
 
     def _adjust(self, logits_v: Tensor, choice: Choice) -> None:
         """Penalties, biases and bans, in place on one row."""
@@ -162,6 +173,13 @@ def token_logprobs(logits_rv: Tensor, tokens: Rows[int], num_top: int) -> list[T
 
 def _has_penalties(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+
+
+def is_plain(request: Request) -> bool:
+    """Whether its tokens are drawn from the logits as they are, and nothing else is asked for."""
+    params = request.params
+    adjusted = params.logit_bias or params.min_tokens or request.bad_words_ids or _has_penalties(params)
+    return not adjusted and params.logprobs is None
 
 
 def _has_adjustments(choice: Choice) -> bool:

@@ -23,10 +23,17 @@ Policy
 - Decodes carry drafts (speculative.py), if there is a drafter, as far as a step and the pool have
   room left over: nothing else waits or is preempted for them.
 
-`next_batch` may be called again before `update`: it then schedules what doesn't depend on the
-results still due. Steps must be run and updated in the order they were made. A sequence that is in
-a step not yet updated is never preempted, and if it ends early (cancelled, say), its blocks return
-with the update: the device may still be writing to them.
+Running ahead: `next_batch` may be called again before `update`. It then schedules what doesn't depend
+on the results still due, and the tokens that the last step samples, one per sequence, which the device
+knows by then (`ScheduledSequence.follows`). Where such a token ends its answer, what follows it is
+dropped at its update. Steps must be run and updated in the order they were made.
+- The tokens of some requests are chosen by what the answer holds, which the host has to know (penalties,
+  bad words). While one of them waits for its token, so does the next step: run without it, the two
+  would take turns for good, each at half the speed.
+- A sequence in a step not yet updated is never preempted. Where it would be, it is held: left out of
+  this step, so that it can be preempted after the update, if that is still needed. If it ends early
+  (cancelled, say), its blocks return with the update: the device may still be writing to them.
+- Nobody is preempted or held for a token ahead, or while blocks are about to return.
 """
 
 from __future__ import annotations
@@ -38,8 +45,7 @@ from collections.abc import Callable, Collection
 from operator import attrgetter
 from typing import NamedTuple
 
-from turbolm.cache.block_pool import BlockPool
-from turbolm.cache.prefix_cache import match
+from turbolm.engine.blocks import Blocks
 from turbolm.engine.job import Job, OpenStep
 from turbolm.engine.speculative import MAX_DRAFTS, MAX_ROWS, Drafter
 from turbolm.engine.step import ScheduledSequence, SchedulerStats, Step, StepResult
@@ -97,14 +103,14 @@ class Scheduler:
         self.max_logit_rows = max_logit_rows
         self.max_context = max_context
         self.max_waiting = max_waiting
-        self.prefix_cache = prefix_cache
         self._drafter = drafter
-        self._pool = BlockPool(num_blocks)
+        self._blocks = Blocks(num_blocks, block_size, prefix_cache)
         self._jobs: dict[tuple[str, int], Job] = {}  # all that are alive, by (request id, index)
         self._waiting: list[Job] = []  # in order, as is
         self._running: list[Job] = []
         self._in_flight: deque[_InFlight] = deque()
-        self._pending: dict[bytes, int] = {}  # key of a block being computed → number of the step that does
+        self._held: set[Job] = set()  # running ones to be left out of the step being made
+        self._num_ending = 0  # ended, but still in a step
         self._num_added = 0
         self._num_steps = 0
         self._num_preemptions = 0
@@ -115,10 +121,11 @@ class Scheduler:
 
     # Requests come and go
 
-    def add(self, request: Request) -> Sequence:
-        """Queues a request. Raises CapacityError if the queue is full or the request could not run even
-        alone, RequestError if its (id, index) is in use, ContextOverflowError if the prompt leaves no
-        room for an answer."""
+    def add(self, request: Request, deltas: bool = True) -> Sequence:
+        """Queues a request. With `deltas`, what each step yields comes as an output; without, its last
+        output, the only one, has all. Raises CapacityError if the queue is full or the request could not
+        run even alone, RequestError if its (id, index) is in use, ContextOverflowError if the prompt
+        leaves no room for an answer."""
         key = (request.id, request.index)
         if key in self._jobs:
             raise RequestError(f"request '{request.id}' (answer {request.index}) is already in work: use another id")
@@ -128,19 +135,19 @@ class Scheduler:
             )
         sequence = Sequence(request)
         drafter = None if self._drafter is None else self._drafter(sequence.token_ids)
-        job = Job(sequence, self._num_added, self.max_context, self.block_size, drafter)
+        job = Job(sequence, self._num_added, self.max_context, self.block_size, drafter, deltas)
         if sequence.num_prompt + (request.params.max_tokens != 0) > self.max_context:
             raise ContextOverflowError(
                 f"the prompt has {sequence.num_prompt} tokens and the context {self.max_context}, which leaves no room "
                 "for an answer: shorten the prompt or raise max_context",
                 "prompt",
             )
-        if job.max_blocks > self._pool.num_blocks:
-            size = self.block_size
+        num_blocks, size = self._blocks.pool.num_blocks, self.block_size
+        if job.max_blocks > num_blocks:
             raise CapacityError(
                 f"prompt ({sequence.num_prompt} tokens) and answer (up to {job.max_length - sequence.num_prompt}) need "
-                f"{job.max_blocks} KV blocks of {size} tokens, and the whole KV cache has {self._pool.num_blocks} "
-                f"({self._pool.num_blocks * size} tokens): lower max_tokens, shorten the prompt, or raise kv_memory"
+                f"{job.max_blocks} KV blocks of {size} tokens, and the whole KV cache has {num_blocks} "
+                f"({num_blocks * size} tokens): lower max_tokens, shorten the prompt, or raise kv_memory"
             )
         self._num_added += 1
         self._jobs[key] = job
@@ -171,8 +178,8 @@ class Scheduler:
         if step is not None:
             jobs = self._close_step(step)
             for job in jobs:
-                job.num_in_flight -= 1
-                self._release_if_over(job)
+                if job.sequence.finish_reason is not None:
+                    self._drop(job)
         return [self._end(job, "error", error=error) for job in jobs if job.sequence.finish_reason is None]
 
     @property
@@ -198,15 +205,18 @@ class Scheduler:
             num_prefix_hit_tokens=self._num_prefix_hit_tokens,
             num_draft_tokens=self._num_draft_tokens,
             num_accepted_tokens=self._num_accepted_tokens,
-            num_blocks=self._pool.num_blocks,
-            num_used_blocks=self._pool.num_owned,
-            num_idle_blocks=self._pool.num_idle,
+            num_blocks=self._blocks.pool.num_blocks,
+            num_used_blocks=self._blocks.pool.num_owned,
+            num_idle_blocks=self._blocks.pool.num_idle,
         )
 
     # Before a step
 
     def next_batch(self) -> Step | None:
         """What to compute next; None if there is nothing to do before another `update` or `add`."""
+        if self._in_flight and any(job.reads_answer and not job.num_left for job in self._running):
+            return None
+        self._held.clear()
         self._make_way()
         open_step = self._continue_running()
         self._admit(open_step)
@@ -221,24 +231,28 @@ class Scheduler:
 
     def _continue_running(self) -> OpenStep:
         """Schedules running sequences, and waiting ones that have priority over running prompts."""
+        size, held, last = self.block_size, self._held, self._num_steps - 1
         num_decodes = 0
         for job in self._running:
-            if len(job.sequence.token_ids) - job.num_scheduled == 1:
+            num_left = len(job.sequence.token_ids) - job.num_scheduled
+            if num_left == 1 or (num_left == 0 and job.sampled_by == last):
                 num_decodes += 1
         open_step = OpenStep(self.max_batch_tokens - num_decodes, self.max_logit_rows - num_decodes)
         for job in tuple(self._running):
-            sequence = job.sequence
-            if not sequence.blocks:
-                continue  # preempted a moment ago, for one before it
-            num_left = len(sequence.token_ids) - job.num_scheduled
-            if num_left == 1:
-                if job.num_scheduled < len(sequence.blocks) * self.block_size or self._grow(job, 1):
-                    open_step.decodes.append((self._schedule(job, 1), job))
-            elif num_left:
+            sequence, start = job.sequence, job.num_scheduled
+            blocks = sequence.blocks
+            if not blocks or (held and job in held):  # preempted a moment ago, or to be so
+                continue
+            num_left = len(sequence.token_ids) - start
+            if num_left > 1:
                 self._admit(open_step, before=job.priority)
                 num_new = open_step.room(job)
-                if num_new > 0 and self._grow(job, num_new):
+                if num_new > 0 and self._grow(job, start + num_new):
                     open_step.add_prompt(self._schedule(job, num_new), job)
+            elif num_left == 1 or (num_left == 0 and job.sampled_by == last):
+                grow = self._grow if num_left else self._blocks.grow  # nobody gives way to a token ahead
+                if start < len(blocks) * size or grow(job, start + 1):
+                    open_step.add_decode(self._schedule(job, 1), job)
         return open_step
 
     def _admit(self, open_step: OpenStep, before: float = math.inf) -> None:
@@ -251,19 +265,19 @@ class Scheduler:
                 break
             if open_step.num_tokens < 1 or open_step.num_logit_rows < 1:
                 break
-            hits = self._match(job)
-            if self._awaits_block(job, len(hits)):
+            hits = self._blocks.match(job)
+            if self._blocks.awaits(job, len(hits)):
                 deferred.append(job)
                 num_seen += 1
                 continue
             if reserve is None:
                 reserve = self._reserve()
-            if self._num_missing(job, hits, reserve) > 0:
+            if self._blocks.num_missing(job, hits, reserve) > 0:
                 break
             num_seen += 1
             self._start(job, hits)
             num_new = open_step.room(job)
-            self._grow(job, num_new)
+            self._blocks.grow(job, job.num_scheduled + num_new)
             open_step.add_prompt(self._schedule(job, num_new), job)
             reserve += job.num_wanted
         if num_seen:
@@ -275,74 +289,56 @@ class Scheduler:
         room = min(MAX_ROWS - len(decodes), open_step.num_tokens, open_step.num_logit_rows)
         if self._drafter is None or room < 1:
             return
-        for index, (item, job) in enumerate(decodes):
+        for index, (item, job) in enumerate(zip(decodes, open_step.decode_jobs, strict=True)):
             share = -(-room // (len(decodes) - index))
             limit = min(share, MAX_DRAFTS, job.num_draftable)
-            if job.drafter is None or limit < 1:
+            if job.drafter is None or limit < 1 or item.follows:
                 continue
             drafts = job.drafter.propose(limit, len(decodes))
             drafts = drafts[: self._spare_slots(job, len(drafts))]
             if drafts:
-                decodes[index] = (item._replace(drafts=drafts), job)
+                decodes[index] = item._replace(drafts=drafts)
+                job.sampled_by = -1  # which of the tokens that it samples is the last, the device can't tell
                 room -= len(drafts)
                 self._num_draft_tokens += len(drafts)
 
     def _spare_slots(self, job: Job, wanted: int) -> int:
         """Slots for up to so many drafts: in the job's last block, and in new ones that nobody waits
         for or will lack."""
-        blocks = job.sequence.blocks
-        num_spare = len(blocks) * self.block_size - job.num_scheduled
-        num_missing = -(-(wanted - num_spare) // self.block_size)
+        blocks, size = job.sequence.blocks, self.block_size
+        num_missing = -(-(job.num_scheduled + wanted) // size) - len(blocks)
         if num_missing > 0 and not self._waiting:
-            num_missing = min(num_missing, self._pool.num_available - self._reserve() + job.num_wanted)
-            if num_missing > 0:
-                blocks.extend(self._pool.allocate(num_missing))
-                num_spare += num_missing * self.block_size
-        return min(wanted, num_spare)
+            num_spare = self._blocks.pool.num_available - self._reserve() + job.num_wanted
+            self._blocks.grow(job, (len(blocks) + max(0, min(num_missing, num_spare))) * size)
+        return min(wanted, len(blocks) * size - job.num_scheduled)
 
     def _make_way(self) -> None:
         """Preempts running sequences for the first waiting one, if it has priority over them and fits then."""
         if not self._waiting or not self._running or self._waiting[0].priority >= self._running[-1].priority:
             return
-        first = self._waiting[0]
-        victims = [job for job in reversed(self._running) if job.priority > first.priority and not job.num_in_flight]
-        num_missing = self._num_missing(first, self._match(first), self._reserve())
-        gain = sum(self._pool.count_sole(job.sequence.blocks) + job.num_wanted for job in victims)
-        if num_missing > gain:
+        first, blocks = self._waiting[0], self._blocks
+        victims = [job for job in reversed(self._running) if job.priority > first.priority]
+        num_missing = blocks.num_missing(first, blocks.match(first), self._reserve())
+        if num_missing > sum([blocks.gain(job) for job in victims]) or (num_missing > 0 and self._num_ending):
             return
+        held_gain = 0
         for job in victims:
-            if num_missing <= 0 and len(self._running) < self.max_batch_size:
+            if num_missing <= held_gain and len(self._running) - len(self._held) < self.max_batch_size:
                 break
-            self._preempt(job)
-            num_missing = self._num_missing(first, self._match(first), self._reserve())
-
-    def _match(self, job: Job) -> list[int]:
-        return match(self._pool, job.keys, job.num_shareable) if self.prefix_cache else []
-
-    def _awaits_block(self, job: Job, index: int) -> bool:
-        """Whether to leave `job` waiting because its block `index` is being computed in a step not updated
-        yet. It waits for a block once: if that came to nothing, it computes the block itself."""
-        if not self._pending or index >= job.num_shareable:
-            return False
-        step = self._pending.get(job.keys[index])
-        if step is None or (index <= job.deferred[0] and step != job.deferred[1]):
-            return False
-        job.deferred = (index, step)
-        return True
+            if job.num_in_flight:
+                self._held.add(job)
+                held_gain += blocks.gain(job)
+            else:
+                self._preempt(job)
+                num_missing = blocks.num_missing(first, blocks.match(first), self._reserve())
 
     def _reserve(self) -> int:
         """Blocks not to be given to new sequences: what the running ones lack, and one for each to grow."""
         return sum([job.num_wanted for job in self._running])
 
-    def _num_missing(self, job: Job, hits: list[int], reserve: int) -> int:
-        """How many blocks are missing to admit `job`, given its cached blocks; 0 or less: none."""
-        return job.num_needed - len(hits) + reserve - (self._pool.num_available - self._pool.count_idle(hits))
-
     def _start(self, job: Job, hits: list[int]) -> None:
         sequence = job.sequence
-        self._pool.acquire(hits)
-        sequence.blocks = hits
-        sequence.num_computed = job.num_scheduled = len(hits) * self.block_size
+        self._blocks.start(job, hits)
         sequence.state = SequenceState.RUNNING
         insort(self._running, job, key=_place)
         if sequence.num_preemptions == 0:
@@ -350,32 +346,22 @@ class Scheduler:
             self._num_prompt_tokens += sequence.num_prompt
             self._num_prefix_hit_tokens += sequence.num_cached
 
-    def _grow(self, job: Job, num_new: int) -> bool:
-        """Takes the blocks for `num_new` more tokens, if need be from running sequences that come later;
-        False if that isn't possible now."""
-        blocks = job.sequence.blocks
-        num_missing = -(-(job.num_scheduled + num_new) // self.block_size) - len(blocks)
-        if num_missing <= 0:
-            return True
-        while self._pool.num_available < num_missing:
-            if not self._preempt_after(job):
+    def _grow(self, job: Job, num_tokens: int) -> bool:
+        """Takes the blocks for so many leading tokens, if need be from running sequences that come
+        later; False if that isn't possible now."""
+        while not self._blocks.grow(job, num_tokens):
+            last = self._running[-1]
+            if last is job or self._num_ending:
                 return False
-        blocks.extend(self._pool.allocate(num_missing))
+            if last.num_in_flight:
+                self._held.add(last)
+                return False
+            self._preempt(last)
         return True
-
-    def _preempt_after(self, job: Job) -> bool:
-        """Preempts the last running sequence, unless that is `job` or before it."""
-        for other in reversed(self._running):
-            if other is job:
-                break
-            if not other.num_in_flight:
-                self._preempt(other)
-                return True
-        return False
 
     def _preempt(self, job: Job) -> None:
         sequence = job.sequence
-        self._free_blocks(sequence)
+        self._blocks.release(job)
         sequence.num_computed = job.num_scheduled = 0
         sequence.num_preemptions += 1
         sequence.state = SequenceState.WAITING
@@ -384,16 +370,18 @@ class Scheduler:
         self._num_preemptions += 1
 
     def _schedule(self, job: Job, num_new: int) -> ScheduledSequence:
-        sequence = job.sequence
-        start = job.num_scheduled
+        """The next so many tokens; where none is left, the one that is being sampled."""
+        sequence, start, num_known = job.sequence, job.num_scheduled, len(job.sequence.token_ids)
         end = start + num_new
         job.num_scheduled = end
         job.num_in_flight += 1
-        if num_new > 1 and self.prefix_cache:
-            for index in range(start // self.block_size, end // self.block_size):
-                self._pending.setdefault(job.keys[index], self._num_steps)
-        samples = job.has_answer and end == len(sequence.token_ids)
-        return ScheduledSequence(sequence, start, num_new, samples)
+        samples = job.has_answer and end >= num_known
+        if samples and end + 1 < job.max_length:
+            job.sampled_by = self._num_steps
+        item = ScheduledSequence(sequence, start, num_new, samples, (), end > num_known)
+        if num_new > 1:
+            self._blocks.announce(job, item, self._num_steps)
+        return item
 
     # After a step
 
@@ -403,13 +391,12 @@ class Scheduler:
         if len(results) != len(step.items):
             raise EngineError(f"a step of {len(step.items)} sequences yielded {len(results)} results")
         for item, result in zip(step.items, results, strict=True):
-            if result.error is None:
+            if len(result.token_ids) != item.samples and result.error is None:
                 item.check(result.token_ids)
         outputs = []
         for job, item, result in zip(self._close_step(step), step.items, results, strict=True):
-            job.num_in_flight -= 1
             if job.sequence.finish_reason is not None:  # ended while this step ran
-                self._release_if_over(job)
+                self._drop(job)
                 continue
             output = self._end(job, "error", error=result.error) if result.error else self._extend(job, item, result)
             if output is not None:
@@ -422,27 +409,31 @@ class Scheduler:
             raise EngineError("steps must be updated once each, in the order in which next_batch made them")
         flight = self._in_flight.popleft()
         for job, item in zip(flight.jobs, step.items, strict=True):
-            if item.num_new_tokens > 1 and self._pending:
-                end = item.start + item.num_new_tokens
-                for index in range(item.start // self.block_size, end // self.block_size):
-                    if self._pending.get(job.keys[index]) == flight.number:
-                        del self._pending[job.keys[index]]
+            job.num_in_flight -= 1
+            if item.num_new_tokens > 1:
+                self._blocks.retract(job, item, flight.number)
         return flight.jobs
 
     def _extend(self, job: Job, item: ScheduledSequence, result: StepResult) -> Output | None:
         """Appends the sampled tokens as far as the answer goes, and notes what is computed."""
         sequence = job.sequence
         num_taken, reason, stop = job.append(result.token_ids)
-        num_computed = sequence.num_computed + item.num_new_tokens
+        num_computed = item.start + item.num_new_tokens
         if item.drafts:
             num_accepted = len(result.token_ids) - 1
             self._num_accepted_tokens += num_accepted
             num_computed = job.num_scheduled = min(num_computed + num_accepted, len(sequence.token_ids))
-        self._advance(job, num_computed)
+        if num_computed // self.block_size > sequence.num_computed // self.block_size:
+            self._blocks.publish(job, num_computed)
+        sequence.num_computed = num_computed
         if not job.has_answer and num_computed == sequence.num_prompt:
             reason = "length"
         prompt_logprobs = result.prompt_logprobs and job.new_prompt_logprobs(item.start, result.prompt_logprobs)
         if reason is None:
+            if not job.deltas:
+                if result.logprobs or prompt_logprobs:
+                    job.hold(result.logprobs, prompt_logprobs)
+                return None
             if not num_taken and not prompt_logprobs:
                 return None
             request = sequence.request
@@ -450,15 +441,6 @@ class Scheduler:
         sequence.stop = stop
         num_shown = num_taken - (stop is not None and not sequence.request.params.include_stop)
         return self._end(job, reason, stop, result.token_ids[:num_shown], result.logprobs[:num_shown], prompt_logprobs)
-
-    def _advance(self, job: Job, num_computed: int) -> None:
-        """The K/V of so many leading tokens are there; blocks that they fill may be shared from now on."""
-        sequence, size = job.sequence, self.block_size
-        num_full = sequence.num_computed // size
-        sequence.num_computed = num_computed
-        if self.prefix_cache and num_computed >= (num_full + 1) * size:
-            for index in range(num_full, num_computed // size):
-                self._pool.publish(sequence.blocks[index], job.keys[index])
 
     def _end(
         self,
@@ -477,17 +459,21 @@ class Scheduler:
         del self._jobs[request.id, request.index]
         sequence.state = SequenceState.FINISHED
         sequence.finish_reason = reason
-        self._release_if_over(job)
+        if job.num_in_flight:
+            self._num_ending += 1
+        else:
+            self._blocks.release(job)
+        if not job.deltas:
+            job.hold(logprobs, prompt_logprobs)
+            token_ids, logprobs, prompt_logprobs = job.answer, tuple(job.held_logprobs), tuple(job.held_prompt_logprobs)
         usage = Usage(sequence.num_prompt, sequence.num_output, sequence.num_cached)
         return Output(request.id, request.index, token_ids, (), logprobs, prompt_logprobs, reason, stop, usage, error)
 
-    def _release_if_over(self, job: Job) -> None:
-        if job.sequence.finish_reason is not None and not job.num_in_flight:
-            self._free_blocks(job.sequence)
-
-    def _free_blocks(self, sequence: Sequence) -> None:
-        self._pool.release(reversed(sequence.blocks))
-        sequence.blocks = []
+    def _drop(self, job: Job) -> None:
+        """A step is over with a sequence that had ended before."""
+        if not job.num_in_flight:
+            self._blocks.release(job)
+            self._num_ending -= 1
 
 
 def _remove(jobs: list[Job], job: Job) -> None:

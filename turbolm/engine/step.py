@@ -18,6 +18,7 @@ class ScheduledSequence(NamedTuple):
     num_new_tokens: int
     samples: bool  # the last known token is among them, so the next one is sampled
     drafts: tuple[int, ...] = ()  # guesses of the tokens that follow the last known one, to be verified
+    follows: bool = False  # its one new token is what the step before samples for it: not in `token_ids` yet
 
     @property
     def num_tokens(self) -> int:

@@ -12,7 +12,7 @@ instead of tensors (the CPU's recorded plan does).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -136,3 +136,26 @@ class Ops(Protocol):
 
     def logits(self, x_th: Tensor, batch: Batch, weight: PreparedLinear, softcap: float | None = None) -> Tensor:
         """The rows `batch.logit_rows` of x through the head → float32 [r, vocabulary]."""
+
+
+@runtime_checkable
+class DeviceOps(Ops, Protocol):
+    """A backend whose ops return before they are computed, and that samples where it computes."""
+
+    def reserve_logits(self, num_rows: int, num_logits: int) -> None:
+        """Allocate for the logits of the largest step."""
+
+    def sample(
+        self,
+        logits_rv: Tensor,
+        temperature_r: Tensor,
+        top_k_r: Tensor,
+        top_p_r: Tensor,
+        min_p_r: Tensor,
+        uniform_r: Tensor,
+    ) -> Tensor:
+        """int32 [r] token ids, as `ops.sampling.sample` chooses them."""
+
+    def resolve_tokens(self, token_ids_t: Tensor, previous_r: Tensor) -> None:
+        """Replace, in place, each id below 0 by the entry -1 - id of what an earlier step sampled (by 0
+        where that is below 0)."""

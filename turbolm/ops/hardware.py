@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 from pathlib import Path
@@ -25,6 +26,7 @@ def probe(root: Path = Path("/")) -> Hardware:
     """Reads /proc and /sys below `root`, and asks CUDA. What can't be read counts as unlimited."""
     cpuinfo = _cpuinfo(root)
     total, free = _memory(root)
+    gpus = _gpus()
     return Hardware(
         cpu=_cpu_name(cpuinfo),
         architecture=platform.machine(),
@@ -32,9 +34,10 @@ def probe(root: Path = Path("/")) -> Hardware:
         isa=tuple(flag for flag in ISA_FLAGS if flag in (cpuinfo.get("flags") or cpuinfo.get("Features", "")).split()),
         total_memory=total,
         free_memory=free,
-        gpus=_gpus(),
+        gpus=gpus,
         native=library.isa(),
         native_error=library.failure(),
+        gpu_native_error=_gpu_native_error(gpus),
     )
 
 
@@ -47,6 +50,18 @@ def _gpus() -> tuple[Gpu, ...]:
         name = torch.cuda.get_device_name(index)
         gpus.append(Gpu(name, total, free, torch.cuda.get_device_capability(index)))
     return tuple(gpus)
+
+
+def _gpu_native_error(gpus: tuple[Gpu, ...]) -> str | None:
+    """Why turbolm's GPU kernels can't run here; None: they can, or there is no GPU."""
+    if not gpus:
+        return None
+    if gpus[0].capability < (8, 0):
+        major, minor = gpus[0].capability
+        return f"{gpus[0].name} has compute capability {major}.{minor}; they need 8.0 or later"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    return None
 
 
 def _read(path: Path) -> str:

@@ -15,6 +15,10 @@ def select_ops(device: str, kernels: str, dtype: str, *, unpack: bool, threads: 
     if device == "cpu":
         torch.set_num_threads(threads)
     activations: torch.dtype = getattr(torch, dtype)
-    if kernels == "native":
+    if kernels == "native" and device == "cpu":
         return CpuOps(threads=threads, unpack=unpack)
+    if kernels == "native":
+        from turbolm.ops.cuda.ops import CudaOps  # needs triton, which not every machine has
+
+        return CudaOps(torch.device(device), activations)
     return ReferenceOps(torch.device(device), activations, unpack=unpack)

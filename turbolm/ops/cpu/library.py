@@ -14,7 +14,7 @@ from turbolm.ops.cpu import instructions
 
 log = logging.getLogger(__name__)
 
-_ISA_NAMES = ("generic", "neon", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx")
+ISA_NAMES = ("generic", "neon", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx")
 _PATH = Path(__file__).parent / "_native.so"
 
 
@@ -22,9 +22,9 @@ _PATH = Path(__file__).parent / "_native.so"
 def _open() -> tuple[ctypes.CDLL | None, str]:
     """(the library, or None and why there is none)."""
     wanted = env.get("TURBOLM_ISA")
-    if wanted is not None and wanted not in _ISA_NAMES:
+    if wanted is not None and wanted not in ISA_NAMES:
         raise ConfigError(
-            f"TURBOLM_ISA is {wanted!r}; allowed: {', '.join(_ISA_NAMES)}.{nearest(wanted, _ISA_NAMES)} "
+            f"TURBOLM_ISA is {wanted!r}; allowed: {', '.join(ISA_NAMES)}.{nearest(wanted, ISA_NAMES)} "
             "Unset it for the best one."
         )
     if not _PATH.exists():

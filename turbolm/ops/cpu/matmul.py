@@ -23,6 +23,7 @@ FORMATS = {
     "f32": 0, "f16": 1, "bf16": 2,
     "q4_0": 3, "q4_1": 4, "q5_0": 5, "q5_1": 6, "q8_0": 7, "iq4_nl": 8,
     "q4_k": 9, "q5_k": 10, "q6_k": 11, "iq4_xs": 12,
+    "q2_k": 13, "q3_k": 14,
 }  # fmt: skip
 
 GROUP_ROWS = 16
@@ -161,7 +162,8 @@ class _Chunk:
     """Memory from the system, on huge pages where there are some, handed out front to back."""
 
     def __init__(self, num_bytes: int) -> None:
-        memory = mmap.mmap(-1, num_bytes + _HUGE_PAGE)
+        # Private: shared memory gets huge pages on few systems.
+        memory = mmap.mmap(-1, num_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         whole = torch.frombuffer(memory, dtype=torch.uint8)  # keeps `memory`

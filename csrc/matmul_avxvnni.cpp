@@ -1,0 +1,8 @@
+#include "matmul_avx2.h"
+#include "matmul_table.h"
+
+namespace turbolm {
+
+constinit const MatmulKernels matmul_avxvnni = make_kernels();
+
+}  // namespace turbolm

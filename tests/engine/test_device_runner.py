@@ -1,0 +1,122 @@
+"""Steps in flight: what an overlapped runner says equals what the plain one says, token for token."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+import pytest
+import torch
+from tiny import TINY_MODELS
+
+from turbolm.engine.device_runner import DeviceRunner
+from turbolm.engine.runner import Runner
+from turbolm.engine.scheduler import Scheduler
+from turbolm.models.checkpoint import open_checkpoint
+from turbolm.models.decoder import Decoder, cache_spec, load_decoder
+from turbolm.models.loader import Loader
+from turbolm.models.registry import decoder_spec
+from turbolm.ops.reference import ReferenceOps
+from turbolm.ops.sampling import sample
+from turbolm.types import Output, Request, SamplingParams
+
+BLOCK = 8
+CPU = torch.device("cpu")
+
+
+class Limits:
+    max_batch_tokens = 64
+    max_batch_size = 16
+    max_logit_rows = 64
+    max_context = 64
+
+
+def resolve_tokens(token_ids_t: torch.Tensor, previous_r: torch.Tensor) -> None:
+    for row, token in enumerate(token_ids_t.tolist()):
+        if token < 0:
+            token_ids_t[row] = max(int(previous_r[-1 - token]), 0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
+    folder = tmp_path_factory.mktemp("model")
+    TINY_MODELS["llama-tied"].save(folder)
+    checkpoint = open_checkpoint(folder)
+    return load_decoder(
+        decoder_spec(checkpoint.config), Loader(checkpoint.source, ReferenceOps(CPU, torch.float32)), 64
+    )
+
+
+def run(model: Decoder, requests: Iterable[Request], overlapped: bool, **limits: int) -> dict[str, Output]:
+    sizes = {"num_blocks": 64, "max_batch_size": 16, "max_batch_tokens": 64} | limits
+    caches = cache_spec(model.spec, torch.float32).allocate(sizes["num_blocks"], BLOCK, CPU)
+    scheduler = Scheduler(block_size=BLOCK, max_context=64, max_waiting=100, max_logit_rows=64, **sizes)
+
+    def forward(batch: object) -> torch.Tensor:
+        return model.forward(batch, caches)
+
+    runner = (
+        DeviceRunner(forward, None, Limits(), BLOCK, CPU, 96, sample, resolve_tokens)
+        if overlapped
+        else Runner(forward, BLOCK, CPU, 96)
+    )
+    for request in requests:
+        scheduler.add(request)
+    deltas: dict[str, list[Output]] = {}
+    in_flight: deque = deque()
+    while scheduler.has_work or in_flight:
+        step = scheduler.next_batch() if len(in_flight) < runner.depth else None
+        if step is not None:
+            in_flight.append((step, runner.submit(step)))
+            if len(in_flight) < runner.depth:
+                continue
+        step, pending = in_flight.popleft()
+        for output in scheduler.update(step, pending.results()):
+            deltas.setdefault(f"{output.request_id}/{output.index}", []).append(output)
+    return {key: Output.collect(items) for key, items in deltas.items()}
+
+
+def requests(**options: object) -> list[Request]:
+    generator = torch.Generator().manual_seed(3)
+    prompts = [tuple(torch.randint(0, 96, (1 + 4 * i,), generator=generator).tolist()) for i in range(10)]
+    return [
+        Request(f"r{i}", prompt, SamplingParams.of(SamplingParams(max_tokens=4 + i), seed=i, **options))
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+VARIANTS = {
+    "greedy": {"temperature": 0.0},
+    "sampled": {"temperature": 1.2, "top_p": 0.9},
+    "penalties": {"temperature": 0.0, "repetition_penalty": 1.3, "presence_penalty": 0.5},
+    "logprobs": {"temperature": 0.7, "logprobs": 2},
+    "prompt logprobs": {"temperature": 0.7, "prompt_logprobs": 1},
+    "bans": {"temperature": 1.0, "min_tokens": 3, "logit_bias": {5: 4.0}, "stop_token_ids": (5, 6)},
+}
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("limits", [{}, {"max_batch_tokens": 11, "max_batch_size": 3}, {"num_blocks": 12}])
+def test_overlapped_steps_give_the_same_answers(model: Decoder, options: dict, limits: dict) -> None:
+    items = requests(**options)
+    plain, found = run(model, items, False, **limits), run(model, items, True, **limits)
+    assert {key: output.token_ids for key, output in found.items()} == {
+        key: output.token_ids for key, output in plain.items()
+    }
+    for key, output in found.items():
+        assert output.finish_reason == plain[key].finish_reason
+        assert output.usage == plain[key].usage
+        assert [entry.token_id for entry in output.logprobs] == [entry.token_id for entry in plain[key].logprobs]
+        assert len(output.prompt_logprobs) == len(plain[key].prompt_logprobs)
+
+
+def test_requests_of_all_kinds_share_steps(model: Decoder) -> None:
+    items = [
+        Request(f"{name}-{request.id}", request.prompt_token_ids, request.params)
+        for name, options in VARIANTS.items()
+        for request in requests(**options)[:4]
+    ]
+    plain, found = run(model, items, False), run(model, items, True)
+    assert {key: output.token_ids for key, output in found.items()} == {
+        key: output.token_ids for key, output in plain.items()
+    }

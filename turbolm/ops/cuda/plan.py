@@ -1,0 +1,209 @@
+"""How kernels/linear.cu is laid out over a GPU for a shape: the kernel's variant, grid and shared memory.
+
+The kernel is bound by memory, so nearly any layout that keeps enough bytes in flight comes close; the
+estimate below weighs what sets them apart. Rates are an H200's; only their ratios matter.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from enum import IntEnum
+
+MAX_TOKENS = 64
+UNIT_K = 64  # k of a unit of weights, which has 16 rows
+X_BUFFERS = 3  # slices of x in shared memory where not all fit
+PREFETCH_BYTES = 64 << 10  # of weights per CTA that are brought into L2 before the kernel waits for x
+MAX_SPLITS = 16
+LARGE = 24 << 20  # bytes of weights that take long enough for a late start of the next kernel
+
+_UNIT_BYTES = 16 * UNIT_K * 2
+_SUM_ROW = 20  # floats per token in what warps exchange: 16 and padding
+_RESERVED_SHARED = 1024  # bytes per CTA that the system takes
+
+# Microseconds and bytes, of one SM where not said otherwise.
+_HBM = 34_500.0
+_L2 = 42_000.0
+_SHARED = 217_000.0
+_LATENCY = 1.0  # of memory under load
+_ONE_READER = 100_000.0  # what one CTA reads from L2
+_LATE_START = 1.0  # of a kernel that can't share SMs with the one before
+_PASS = 0.05  # of adding up over warps
+_IMBALANCE = 0.15  # of the time that a CTA works longer than the mean
+
+
+class Output(IntEnum):
+    """What the kernel writes; the numbers are the kernel's."""
+
+    PARTS = 0  # [p, t, n] float32, to be summed
+    ELEMENTS = 1  # [t, n] in the dtype of x
+    FLOATS = 2  # [t, n] float32
+    GATED = 3  # [t, n / 2]: activation(first half) * second half, in the dtype of x
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A variant of the kernel: warps_m * tiles_m row tiles at once, each shared by warps_k warps."""
+
+    tokens: int  # of x, rounded up
+    warps_m: int
+    warps_k: int
+    tiles_m: int  # row tiles per warp
+    depth: int  # units in flight per warp and row tile
+
+    @property
+    def num_threads(self) -> int:
+        return 32 * self.warps_m * self.warps_k
+
+    @property
+    def pass_tiles(self) -> int:
+        return self.warps_m * self.tiles_m
+
+    @property
+    def slice_units(self) -> int:
+        return self.warps_k * self.depth
+
+    @property
+    def ring_bytes(self) -> int:
+        return self.warps_m * self.warps_k * self.tiles_m * self.depth * _UNIT_BYTES
+
+    @property
+    def sum_bytes(self) -> int:
+        return 2 * self.pass_tiles * self.warps_k * self.tokens * _SUM_ROW * 4 if self.warps_k > 1 else 0
+
+
+#: Where a slower variant is never chosen on a GPU with much shared memory, it is there for those with little.
+TILES = tuple(
+    Tile(*sizes)
+    for sizes in (
+        *((8, 1, 8, 1, 4), (8, 2, 4, 1, 4), (8, 4, 2, 1, 4)),
+        *((16, 1, 8, 1, 4), (16, 2, 4, 1, 4), (16, 4, 2, 1, 4), (16, 8, 1, 1, 4)),
+        *((32, 2, 4, 1, 4), (32, 4, 2, 1, 4), (32, 8, 1, 1, 4), (32, 8, 1, 1, 2)),
+        *((64, 8, 1, 1, 4), (64, 8, 1, 1, 2), (64, 8, 1, 2, 2), (64, 7, 1, 2, 2)),
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """What a plan needs to know of a GPU. Shared memory in bytes."""
+
+    num_sms: int
+    shared_per_cta: int
+    shared_per_sm: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One launch. CTA (g, s) computes the g-th share of the row tiles over the s-th share of the units of k;
+    the first shares are one larger where they can't be equal."""
+
+    tile: Tile
+    groups: int
+    splits: int
+    num_tiles: int  # of 16 rows of w (gated: 8 and 8)
+    num_units: int  # of k
+    resident: bool  # whether shared memory holds a CTA's whole part of x
+    prefetch_bytes: int = PREFETCH_BYTES
+
+    @property
+    def cta_tiles(self) -> int:
+        """At most."""
+        return -(-self.num_tiles // self.groups)
+
+    @property
+    def cta_units(self) -> int:
+        """At most."""
+        return -(-self.num_units // self.splits)
+
+    @property
+    def cta_bytes(self) -> int:
+        """Of weights, at most."""
+        return self.cta_tiles * self.cta_units * _UNIT_BYTES
+
+    @property
+    def passes(self) -> int:
+        return -(-self.cta_tiles // self.tile.pass_tiles)
+
+    @property
+    def prefetch(self) -> tuple[int, int, int, int]:
+        """(first row tile of a CTA, row tiles, first unit of each, units): what follows the first in flight."""
+        if self.cta_units > self.tile.slice_units:
+            tiles = min(self.cta_tiles, self.tile.pass_tiles)
+            units = min(self.cta_units - self.tile.slice_units, self.prefetch_bytes // (tiles * _UNIT_BYTES))
+            return 0, tiles, self.tile.slice_units, units
+        left = max(0, self.cta_tiles - self.tile.pass_tiles)
+        tiles = min(left, self.prefetch_bytes // (self.cta_units * _UNIT_BYTES))
+        return self.tile.pass_tiles, tiles, 0, self.cta_units
+
+    @property
+    def steps_beside(self) -> int:
+        """During how many of its last steps the next kernel may start to read its weights; -1: all along. A
+        large product uses all of the memory's bandwidth: another beside it only takes shared memory away."""
+        return 1 if self.num_tiles * self.num_units * _UNIT_BYTES > LARGE else -1
+
+    @property
+    def x_bytes(self) -> int:
+        units = self.cta_units if self.resident else X_BUFFERS * self.tile.slice_units
+        return units * self.tile.tokens * UNIT_K * 2
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.tile.ring_bytes + self.x_bytes + self.tile.sum_bytes
+
+    def shares_sm(self, gpu: Gpu) -> bool:
+        """Whether an SM has room for two CTAs: then the next kernel's may start before this one's ends."""
+        return 2 * (self.shared_bytes + _RESERVED_SHARED) <= gpu.shared_per_sm
+
+
+def estimate(plan: Plan, output: Output, gpu: Gpu) -> float:
+    """Microseconds."""
+    tile, grid = plan.tile, plan.groups * plan.splits
+    weights = plan.num_tiles * plan.num_units * _UNIT_BYTES
+    features = plan.num_tiles * (8 if output is Output.GATED else 16)
+    parts = plan.splits if output is Output.PARTS else 0
+    x_reads = grid * tile.tokens * plan.cta_units * UNIT_K * 2 * (1 if plan.resident else plan.passes)
+    results = tile.tokens * features * (4 * parts or 2)
+    used = min(plan.cta_tiles, tile.pass_tiles) / tile.pass_tiles
+    used *= min(1.0, plan.cta_units / tile.slice_units)
+    bandwidth = max(
+        weights / (_HBM * gpu.num_sms),
+        plan.cta_bytes / (used * tile.ring_bytes) * _LATENCY,
+        (weights + x_reads + results) / (_L2 * gpu.num_sms),
+        plan.cta_bytes * (2 + tile.tokens / (16 * tile.tiles_m)) / _SHARED,
+    )
+    return (
+        bandwidth * (1 + _IMBALANCE * (plan.cta_bytes * grid / weights - 1))
+        + plan.x_bytes / _ONE_READER
+        + parts * features * 4 / _ONE_READER
+        + (0.0 if plan.shares_sm(gpu) else _LATE_START)
+        + (plan.passes * _PASS if tile.warps_k > 1 else 0.0)
+    )
+
+
+@functools.cache
+def plan_linear(num_tokens: int, n: int, k: int, output: Output, gpu: Gpu) -> Plan | None:
+    """The best layout for x [num_tokens, k] and w [n, k]; None where the kernel doesn't run.
+
+    Output.PARTS may come back with one split: then the kernel writes Output.ELEMENTS.
+    """
+    if not supports_shape(num_tokens, n, k):
+        return None
+    tokens = next(tile.tokens for tile in TILES if tile.tokens >= num_tokens)
+    num_tiles = -(-n // 16) if output is not Output.GATED else -(-(n // 2) // 8)
+    max_splits = min(MAX_SPLITS, k // UNIT_K, gpu.num_sms) if output is Output.PARTS else 1
+    plans = []
+    for tile in (tile for tile in TILES if tile.tokens == tokens):
+        for splits in range(1, max_splits + 1):
+            cta_tiles = -(-num_tiles // min(num_tiles, gpu.num_sms // splits))
+            groups, num_units = -(-num_tiles // cta_tiles), k // UNIT_K
+            plans.append(Plan(tile, groups, splits, num_tiles, num_units, resident=True))
+            if plans[-1].cta_units > X_BUFFERS * tile.slice_units:
+                plans.append(Plan(tile, groups, splits, num_tiles, num_units, resident=False))
+    fitting = [plan for plan in plans if plan.shared_bytes <= gpu.shared_per_cta]
+    return min(fitting, key=lambda plan: estimate(plan, output, gpu), default=None)
+
+
+def supports_shape(num_tokens: int, n: int, k: int) -> bool:
+    """k in whole units; offsets within a matrix in 31 bits."""
+    return 1 <= num_tokens <= MAX_TOKENS and n >= 2 and k >= UNIT_K and k % UNIT_K == 0 and n * k < 1 << 31

@@ -1,0 +1,216 @@
+"""Choosing a token per row of logits, as `turbolm.ops.sampling` defines it, without a sort.
+
+    r  rows    v  vocabulary    g  groups of a row: 1024 tokens each
+
+1. A program per group finds its largest logit and the sum of its weights, exp((logit - largest) / T).
+2. For rows with filters, `filters.py` collects the few tokens among which the filters' border must be.
+3. A program per row puts the groups together: the likeliest token; or the group that holds the target
+   of the draw, then the token in that group; or the filters' border, then the token among the kept.
+
+Plain rows are read once, and one group of them twice; so are greedy rows, without the sums. A row's
+token depends on that row alone, to the bit: groups are the same in every batch.
+
+Rounding: weights and their sums within a group are float32, sums over groups and the draw itself
+float64, from a float64 uniform number; so a token's probability is right to about 1e-6 of itself for any
+size of vocabulary. The borders of top-p and min-p are right to 1e-6 of the mass, that of top-k exact.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from turbolm.ops.triton.filters import (
+    ALL_KEYS,
+    BINS,
+    CAPACITY,
+    GROUP,
+    bin_of,
+    candidates,
+    filters_of,
+    find_border,
+    inverse_of,
+    key_of,
+)
+from turbolm.ops.triton.launch import await_inputs, pdl_options
+
+_DRAW_TILE = tl.constexpr(1024)
+
+
+@triton.jit
+def _group_kernel(
+    logits, temperature, top_k, top_p, min_p, maxima, tokens, sums, histograms, row_stride, vocab_size, num_groups,
+    DRAW: tl.constexpr, FILTER: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """logits [r, v] → maxima (NaN: the group holds one), tokens (the maximum's), sums [r, g], and histograms
+    [r, g, BINS] of rows with filters: tokens by distance from the maximum."""
+    row = tl.program_id(1)
+    group = tl.program_id(0)
+    place = row * num_groups + group
+    token = group * GROUP + tl.arange(0, GROUP)
+    inside = token < vocab_size
+    await_inputs(PDL)
+    x = tl.load(logits + row.to(tl.int64) * row_stride + token, mask=inside, other=float("-inf"))
+    is_nan = tl.max((x != x).to(tl.int32), 0)  # noqa: PLR0124
+    top, index = tl.max(x, 0, return_indices=True)
+    tl.store(maxima + place, tl.where(is_nan > 0, float("nan"), top))
+    tl.store(tokens + place, group * GROUP + index)
+    if DRAW:
+        t = tl.load(temperature + row)
+        if t > 0:
+            inverse = inverse_of(t)
+            base = tl.where(top == float("-inf"), 0.0, top)  # -inf minus -inf would be NaN
+            tl.store(sums + place, tl.sum(tl.exp((x - base) * inverse), 0))
+            if FILTER:
+                _, _, _, has_any = filters_of(top_k, top_p, min_p, row, vocab_size)
+                if has_any:
+                    distance = tl.minimum(bin_of(top, inverse) - bin_of(x, inverse), BINS - 1)
+                    counts = tl.histogram(distance, BINS, mask=inside)
+                    tl.store(histograms + place.to(tl.int64) * BINS + tl.arange(0, BINS), counts)
+
+
+@triton.jit
+def _draw(x_list, size, uniform, lowest, least_weight, top, inverse):
+    """Position in a list of logits of the first whose cumulative weight exceeds `uniform` times the whole. Those
+    up to `lowest`, and of less than the least weight, don't count."""
+    position = tl.arange(0, _DRAW_TILE)
+    whole = tl.zeros((), tl.float64)
+    for start in range(0, size, _DRAW_TILE):
+        x = tl.load(x_list + start + position, mask=start + position < size, other=float("-inf"))
+        weight = tl.exp((x - top) * inverse)
+        whole += tl.sum(tl.where((key_of(x) > lowest) & (weight >= least_weight), weight, 0.0).to(tl.float64), 0)
+    target = uniform * whole
+    before = tl.zeros((), tl.float64)
+    chosen = size + tl.zeros((), tl.int32)  # none yet
+    last = 0
+    start = 0
+    while (start < size) & (chosen == size):
+        x = tl.load(x_list + start + position, mask=start + position < size, other=float("-inf"))
+        weight = tl.exp((x - top) * inverse)
+        weight = tl.where((key_of(x) > lowest) & (weight >= least_weight), weight, 0.0)
+        cumulative = before + tl.cumsum(weight.to(tl.float64), 0)
+        is_past = (cumulative > target) & (weight > 0)
+        chosen = tl.minimum(chosen, tl.min(tl.where(is_past, start + position, size), 0))
+        last = tl.maximum(last, tl.max(tl.where(weight > 0, start + position, 0), 0))
+        before += tl.sum(weight.to(tl.float64), 0)
+        start += _DRAW_TILE
+    return tl.where(chosen < size, chosen, last)  # rounding can leave the target past the last kept
+
+
+@triton.jit
+def _choose_kernel(
+    logits, temperature, top_k, top_p, min_p, uniform, maxima, group_tokens, sums, values, ids, num_candidates, out,
+    row_stride, vocab_size, num_groups,
+    GROUPS: tl.constexpr, DRAW: tl.constexpr, FILTER: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """→ out [r]; a row per program. GROUPS: num_groups, padded."""
+    row = tl.program_id(0)
+    group = tl.arange(0, GROUPS)
+    is_group = group < num_groups
+    await_inputs(PDL)
+    tops = tl.load(maxima + row * num_groups + group, mask=is_group, other=float("-inf"))
+    num_nan = tl.sum((tops != tops).to(tl.int32), 0)  # noqa: PLR0124
+    top, best = tl.max(tops, 0, return_indices=True)
+    is_valid = (num_nan == 0) & (top > float("-inf"))
+    token = tl.load(group_tokens + row * num_groups + best)
+    if DRAW:
+        t = tl.load(temperature + row)
+        if (t > 0) & is_valid & (top < float("inf")):
+            inverse = inverse_of(t)
+            x_row = logits + row.to(tl.int64) * row_stride
+            draw = tl.load(uniform + row).to(tl.float64)
+            masses = tl.load(sums + row * num_groups + group, mask=is_group, other=0.0)
+            masses = tl.where(tops == float("-inf"), 0.0, masses * tl.exp((tops - top) * inverse)).to(tl.float64)
+            has_any = False
+            if FILTER:
+                k, p, m, has_any = filters_of(top_k, top_p, min_p, row, vocab_size)
+            if not has_any:
+                target = draw * tl.sum(masses, 0)
+                is_past = (tl.cumsum(masses, 0) > target) & (masses > 0)
+                last = tl.max(tl.where(masses > 0, group, 0), 0)
+                chosen = tl.minimum(tl.min(tl.where(is_past, group, GROUPS), 0), last)
+                before = tl.sum(tl.where(group < chosen, masses, 0.0), 0)
+                own = tl.sum(tl.where(group == chosen, masses, 0.0), 0)
+                # What is left of the target is a uniform number within the group.
+                first = chosen * GROUP
+                size = tl.minimum(vocab_size - first, GROUP)
+                token = first + _draw(
+                    x_row + first, size, (target - before) / own, ALL_KEYS, 0.0, top, inverse
+                )  # fmt: skip
+            elif FILTER:
+                x_list = values + row * CAPACITY
+                size = tl.load(num_candidates + row)
+                is_listed = size >= 0
+                if not is_listed:
+                    x_list = x_row
+                    size = vocab_size
+                whole = tl.sum(masses, 0).to(tl.float32)
+                lowest = find_border(x_list, size, k, p, whole, top, inverse)
+                token = _draw(x_list, size, draw, lowest, m, top, inverse)
+                if is_listed:
+                    token = tl.load(ids + row * CAPACITY + token)
+    tl.store(out + row, tl.where(is_valid, token, -1))
+
+
+def sample(
+    logits_rv: Tensor,
+    temperature_r: Tensor,
+    top_k_r: Tensor,
+    top_p_r: Tensor,
+    min_p_r: Tensor,
+    uniform_r: Tensor,
+    *,
+    has_filters: bool = True,
+) -> Tensor:
+    """int32 [r] chosen token ids; -1 where a row has no distribution (it holds NaN, or nothing above -inf).
+
+    float32 logits whose rows may be a part of longer ones, float32 temperatures (0: the likeliest token),
+    int64 top_k (0: all), float32 top_p and min_p, float64 uniform numbers in [0, 1): as `ops.sampling.sample`
+    takes them. A row with +inf gives its first. `has_filters=False` says that no row has filters, and saves
+    two launches.
+    """
+    return _sample(logits_rv, temperature_r, top_k_r, top_p_r, min_p_r, uniform_r, True, has_filters)
+
+
+def argmax(logits_rv: Tensor) -> Tensor:
+    """int32 [r]: `sample` with all temperatures 0."""
+    return _sample(logits_rv, *(logits_rv,) * 5, False, False)
+
+
+def _sample(
+    logits_rv: Tensor,
+    temperature_r: Tensor,
+    top_k_r: Tensor,
+    top_p_r: Tensor,
+    min_p_r: Tensor,
+    uniform_r: Tensor,
+    is_drawn: bool,
+    is_filtered: bool,
+) -> Tensor:
+    assert logits_rv.dtype == torch.float32 and logits_rv.stride(1) == 1
+    num_rows, vocab_size = logits_rv.shape
+    num_groups = triton.cdiv(vocab_size, GROUP.value)
+    out = torch.empty(num_rows, dtype=torch.int32, device=logits_rv.device)
+    if num_rows == 0:
+        return out
+    maxima, sums = logits_rv.new_empty(2, num_rows, num_groups)
+    tokens = torch.empty_like(maxima, dtype=torch.int32)
+    histograms = out.new_empty(num_rows, num_groups, BINS.value) if is_filtered else out
+    parameters = (temperature_r, top_k_r, top_p_r, min_p_r)
+    options = {"DRAW": is_drawn, "FILTER": is_filtered, **pdl_options(logits_rv.device)}
+    _group_kernel[(num_groups, num_rows)](
+        logits_rv, *parameters, maxima, tokens, sums, histograms, logits_rv.stride(0), vocab_size, num_groups,
+        num_warps=4, **options,
+    )  # fmt: skip
+    values, ids, num_candidates = maxima, tokens, tokens
+    if is_filtered:
+        values, ids, num_candidates = candidates(logits_rv, *parameters, maxima, sums, histograms)
+    _choose_kernel[(num_rows,)](
+        logits_rv, *parameters, uniform_r, maxima, tokens, sums, values, ids, num_candidates, out,
+        logits_rv.stride(0), vocab_size, num_groups,
+        GROUPS=triton.next_power_of_2(num_groups), num_warps=8, **options,
+    )  # fmt: skip
+    return out

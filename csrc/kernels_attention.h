@@ -11,15 +11,13 @@
 // blocks, and a unit cut between threads is folded by the thread that has its first block.
 #pragma once
 
-#include "kernels_math.h"
-#include "ops.h"
+#include "kernels_attention_blocks.h"
+#include "kernels_rotary.h"
 
 namespace turbolm {
 namespace {
 
-constexpr int kKeyBlock = 128;
 constexpr int kMaxRows = 48;
-constexpr int kChunk = Vec::block_columns;  // vectors of 16 keys that are scored together
 constexpr int kVectors = kKeyBlock / kLanes;
 
 TURBOLM_INLINE int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -104,125 +102,6 @@ TURBOLM_INLINE int64_t block_from(const Unit& unit, int64_t cost) {
     return block < unit.end_block ? block : unit.end_block;
 }
 
-// scores[r, 16 c + lane] = q[r] · k[c][lane], summed in the order of dimensions.
-template <int rows, int columns, class T>
-TURBOLM_INLINE void score_block(const float* q, int64_t d, const T* const* k, int64_t k_stride, float* scores) {
-    Vec total[rows][columns];
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 8
-        for (int c = 0; c < columns; ++c) total[r][c] = Vec::zero();
-    }
-    for (int64_t i = 0; i < d; ++i) {
-        Vec key[columns];
-#pragma GCC unroll 8
-        for (int c = 0; c < columns; ++c) key[c] = load(k[c] + i * k_stride);
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; ++r) {
-            const Vec query = Vec::all(q[r * d + i]);
-#pragma GCC unroll 8
-            for (int c = 0; c < columns; ++c) total[r][c] = Vec::fma(query, key[c], total[r][c]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 8
-        for (int c = 0; c < columns; ++c) store(total[r][c], scores + r * kKeyBlock + c * kLanes);
-    }
-}
-
-// Neighbouring rows of V: a KV block's part of a key block.
-template <class T>
-struct Run {
-    const T* v;
-    int64_t count;
-};
-
-// weighted[r, 16 c + lane] = sum over keys of weights[r, key] * v[key], in the order of keys.
-template <int rows, int columns, class T>
-TURBOLM_INLINE void weigh_block(const float* weights, const Run<T>* runs, int num_runs, int64_t v_stride,
-                                float* weighted, int64_t padded_v) {
-    Vec total[rows][columns];
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 8
-        for (int c = 0; c < columns; ++c) total[r][c] = Vec::zero();
-    }
-    for (int run = 0; run < num_runs; ++run) {
-        const T* v = runs[run].v;
-        for (int64_t i = 0; i < runs[run].count; ++i, ++weights, v += v_stride) {
-            Vec value[columns];
-#pragma GCC unroll 8
-            for (int c = 0; c < columns; ++c) value[c] = load(v + c * kLanes);
-#pragma GCC unroll 8
-            for (int r = 0; r < rows; ++r) {
-                const Vec weight = Vec::all(weights[r * kKeyBlock]);
-#pragma GCC unroll 8
-                for (int c = 0; c < columns; ++c) total[r][c] = Vec::fma(weight, value[c], total[r][c]);
-            }
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 8
-        for (int c = 0; c < columns; ++c) store(total[r][c], weighted + r * padded_v + c * kLanes);
-    }
-}
-
-template <int number>
-struct Constant {
-    static constexpr int value = number;
-};
-
-// Calls f with the number of rows, at most Vec::block_rows, as a constant.
-template <int rows = Vec::block_rows, class F>
-TURBOLM_INLINE void with_rows(int64_t wanted, const F& f) {
-    if constexpr (rows > 1) {
-        if (wanted < rows) return with_rows<rows - 1>(wanted, f);
-    }
-    f(Constant<rows>{});
-}
-
-template <class T>
-__attribute__((noinline)) void score_chunk(const float* q, int64_t num_rows, int64_t d, const T* const* k,
-                                           int64_t k_stride, int num_vectors, float* scores) {
-    for (int64_t row = 0; row < num_rows; row += Vec::block_rows) {
-        with_rows(num_rows - row, [&](auto rows) {
-            const float* block_q = q + row * d;
-            float* block_scores = scores + row * kKeyBlock;
-            if (num_vectors == kChunk) {
-                score_block<rows.value, kChunk>(block_q, d, k, k_stride, block_scores);
-            } else {
-                for (int c = 0; c < num_vectors; ++c) {
-                    score_block<rows.value, 1>(block_q, d, k + c, k_stride, block_scores + c * kLanes);
-                }
-            }
-        });
-    }
-}
-
-template <class T>
-__attribute__((noinline)) void weigh(const float* weights, int64_t num_rows, const Run<T>* runs, int num_runs,
-                                     int64_t v_stride, float* weighted, int64_t padded_v) {
-    Run<T> shifted[kKeyBlock / 8 + 1];
-    for (int64_t column = 0; column < padded_v;) {
-        const bool is_wide = padded_v - column >= kChunk * kLanes;
-        for (int i = 0; i < num_runs; ++i) shifted[i] = {runs[i].v + column, runs[i].count};
-        for (int64_t row = 0; row < num_rows; row += Vec::block_rows) {
-            with_rows(num_rows - row, [&](auto rows) {
-                const float* block_weights = weights + row * kKeyBlock;
-                float* target = weighted + row * padded_v + column;
-                if (is_wide) {
-                    weigh_block<rows.value, kChunk>(block_weights, shifted, num_runs, v_stride, target, padded_v);
-                } else {
-                    weigh_block<rows.value, 1>(block_weights, shifted, num_runs, v_stride, target, padded_v);
-                }
-            });
-        }
-        column += is_wide ? kChunk * kLanes : kLanes;
-    }
-}
-
 template <class T>
 struct Attend {
     const Attention& op;
@@ -230,6 +109,7 @@ struct Attend {
     const Team& team;
     const Layout layout;
     const int64_t group, d, dv, block_size, lanes_of_k, max_blocks;
+    const bool is_fused;    // with rotary_store
     float* const memory;    // of this thread
     float* const crossing;  // partial results of units cut between threads: [thread of its first block, block]
 
@@ -238,6 +118,7 @@ struct Attend {
           group(op.shape.num_heads / op.shape.num_kv_heads), d(op.shape.head_dim), dv(op.shape.v_head_dim),
           block_size(op.pool.block_size), lanes_of_k(block_size < kLanes ? block_size : kLanes),
           max_blocks((op.max_context + kKeyBlock - 1) / kKeyBlock),
+          is_fused(op.rotary != nullptr && is_lone(step)),
           memory(reinterpret_cast<float*>(op.workspace) + team.thread * layout.thread_floats),
           crossing(reinterpret_cast<float*>(op.workspace) + team.num_threads * layout.thread_floats) {}
 
@@ -254,6 +135,7 @@ struct Attend {
         return static_cast<const T*>(op.pool.v) + (head * block_size + key % block_size) * dv;
     }
 
+    // The unit's rows of q, scaled; of a lone token turned before, as rotary_store does it.
     void load_queries(const Unit& unit) const {
         const int64_t width = (op.shape.num_heads + op.shape.num_kv_heads) * d + op.shape.num_kv_heads * dv;
         const float* first = op.qkv + step.query_start[unit.sequence] * width + unit.kv_head * group * d;
@@ -262,11 +144,28 @@ struct Attend {
         for (int64_t i = 0; i < unit.num_rows; ++i, q += d) {
             const int64_t row = unit.first_row + i;
             const float* source = first + row / group * width + row % group * d;
+            if (is_fused) {
+                __builtin_memcpy(q, source, d * sizeof(float));
+                TokenRow<T>{*op.rotary}.turn(q, op.rotary->q_norm, step.positions[0]);
+                source = q;
+            }
             for (int64_t j = 0; j < d; j += kLanes) {
                 const int count = static_cast<int>(d - j < kLanes ? d - j : kLanes);
                 (Vec::load_first(source + j, count) * scale).store_first(q + j, count);
             }
         }
+    }
+
+    // The lone token's key and value into the pool: by the thread that attends the block they are in.
+    void store_token(const Unit& unit) const {
+        const TokenRow<T> rows{*op.rotary};
+        const float* key = op.qkv + (rows.num_heads + unit.kv_head) * d;
+        const float* value = op.qkv + (rows.num_heads + rows.num_kv_heads) * d + unit.kv_head * dv;
+        float* turned = memory + layout.k_stage;
+        __builtin_memcpy(turned, key, d * sizeof(float));
+        rows.turn(turned, op.rotary->k_norm, step.positions[0]);
+        rows.store_key(turned, unit.kv_head, step.slots[0]);
+        rows.store_value(value, unit.kv_head, step.slots[0]);
     }
 
     // Scores of keys [first, first + 16 * num_vectors).
@@ -277,10 +176,14 @@ struct Attend {
         const bool is_staged = lanes_of_k < kLanes || (sizeof(T) < 4 && unit.num_rows > Vec::block_rows);
         for (int begin = 0; begin < num_vectors; begin += kChunk) {
             const int count = num_vectors - begin < kChunk ? num_vectors - begin : kChunk;
-            const T* source[kChunk];
-            for (int c = 0; c < count; ++c) source[c] = k_group(unit, first + (begin + c) * kLanes);
+            const T *source[kChunk], *values[kChunk];
+            for (int c = 0; c < count; ++c) {
+                const int64_t key = first + (begin + c) * kLanes;
+                source[c] = k_group(unit, key);
+                values[c] = is_staged ? nullptr : v_row(unit, key);
+            }
             if (!is_staged) {
-                score_chunk<T>(q, unit.num_rows, d, source, kLanes, count, scores + begin * kLanes);
+                score_chunk<T>(q, unit.num_rows, d, source, kLanes, values, count, scores + begin * kLanes);
                 continue;
             }
             float* stage = memory + layout.k_stage;
@@ -294,7 +197,7 @@ struct Attend {
                     stage_halves(source[c], key + 8 < unit.end_key ? k_group(unit, key + 8) : source[c], stage + c * kLanes);
                 }
             }
-            score_chunk<float>(q, unit.num_rows, d, staged, kChunk * kLanes, count, scores + begin * kLanes);
+            score_chunk<float>(q, unit.num_rows, d, staged, kChunk * kLanes, staged, count, scores + begin * kLanes);
         }
     }
 
@@ -342,17 +245,29 @@ struct Attend {
         }
     }
 
+    // Where the keys are that this thread attends, as a rule, a block after `key`, the first of a run of
+    // values: in the same context or, past its end, at the start of the next kv head's. Or null.
+    const T* keys_after(const Unit& unit, int64_t key) const {
+        Unit next = unit;
+        int64_t after = key + kKeyBlock;
+        if (after >= unit.end_key) {
+            if (++next.kv_head == op.shape.num_kv_heads) return nullptr;
+            after = unit.first_block * kKeyBlock + key % kKeyBlock;
+        }
+        return k_group(next, after / lanes_of_k * lanes_of_k);
+    }
+
     void weigh_values(const Unit& unit, int64_t first, int64_t end, const Partial& out) const {
         const float* weights = memory + layout.scores;
         Run<T> runs[kKeyBlock / 8 + 1];
         int num_runs = 0;
         for (int64_t key = first; key < end;) {
             const int64_t next = (key / block_size + 1) * block_size;
-            runs[num_runs] = {v_row(unit, key), (next < end ? next : end) - key};
+            runs[num_runs] = {v_row(unit, key), keys_after(unit, key), (next < end ? next : end) - key};
             key += runs[num_runs++].count;
         }
         if (dv == layout.padded_v && (sizeof(T) == 4 || unit.num_rows <= Vec::block_rows)) {
-            weigh<T>(weights, unit.num_rows, runs, num_runs, dv, out.weighted, layout.padded_v);
+            weigh<T>(weights, unit.num_rows, runs, num_runs, dv, d * sizeof(T), out.weighted, layout.padded_v);
             return;
         }
         float* stage = memory + layout.v_stage;
@@ -365,8 +280,8 @@ struct Attend {
                 if (j < dv) store(load_first(v + j, static_cast<int>(dv - j)), target + j);
             }
         }
-        const Run<float> staged{stage, end - first};
-        weigh<float>(weights, unit.num_rows, &staged, 1, layout.padded_v, out.weighted, layout.padded_v);
+        const Run<float> staged{stage, nullptr, end - first};
+        weigh<float>(weights, unit.num_rows, &staged, 1, layout.padded_v, 0, out.weighted, layout.padded_v);
     }
 
     // The keys of one block.
@@ -375,6 +290,7 @@ struct Attend {
         end = end < unit.end_key ? end : unit.end_key;
         if (first < unit.first_key) first = unit.first_key / kLanes * kLanes;
         const int num_vectors = static_cast<int>((end - first + kLanes - 1) / kLanes);
+        if (is_fused && block + 1 == unit.end_block) store_token(unit);
         score(unit, first, num_vectors);
         soften(unit, first, num_vectors, out);
         weigh_values(unit, first, end, out);

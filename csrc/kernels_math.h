@@ -36,24 +36,11 @@ TURBOLM_INLINE Vec load_first(const T* p, int n) {
 }
 TURBOLM_INLINE Vec load_first(const float* p, int n) { return Vec::load_first(p, n); }
 
-// Sum of the lanes, always in the same order.
-TURBOLM_INLINE float sum(Vec x) {
-    float lane[kLanes];
-    x.store(lane);
-    for (int width = kLanes / 2; width > 0; width /= 2) {
-        for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-    }
-    return lane[0];
-}
+// Sum of the lanes, always in the same order: the upper half is added to the lower, until one is left.
+TURBOLM_INLINE float sum(Vec x) { return Vec::sum(x); }
 
-TURBOLM_INLINE float largest(Vec x) {
-    float lane[kLanes];
-    x.store(lane);
-    for (int width = kLanes / 2; width > 0; width /= 2) {
-        for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
-    }
-    return lane[0];
-}
+// By the same halves.
+TURBOLM_INLINE float largest(Vec x) { return Vec::largest(x); }
 
 // e^x to about 1 ulp: e^x = 2^n e^r with |r| <= ln(2) / 2, e^r by a polynomial (Cephes' expf).
 // Below -87.33 (the smallest normal float) it is 0, above 88.37 it stays where it is.

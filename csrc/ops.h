@@ -35,10 +35,39 @@ enum class Opcode : int32_t {
 enum class CacheType : int32_t { f32, f16, bf16 };
 enum class ActivationKind : int32_t { silu, gelu, gelu_tanh };
 
+// A step of one token is lone. Where its row is short work, every thread does all of it for itself
+// rather than wait for another: thread t keeps its copy of such a row in row t of the buffer.
+static inline bool is_lone(const Step& step) { return step.num_tokens == 1 && step.num_logits <= 1; }
+
+enum Flags : int32_t {
+    kBarrier = 1,      // the threads meet before this instruction, but for lone steps
+    kLoneBarrier = 2,  // they meet before it in lone steps
+    kOwnInput = 4,     // in lone steps it reads the thread's own copy of its (first) input
+    kOwnOutput = 8,    // in lone steps every thread does it, and changes its own copies
+    kPostponed = 16,   // in lone steps the next instruction does its work
+};
+
 struct Instruction {
     Opcode opcode;
-    int32_t barrier;  // the threads meet before this instruction
+    int32_t flags;
 };
+
+// What a thread does of an instruction that works row by row.
+struct Rows {
+    int64_t first, last;  // these rows; with a lone step's own copies, the one
+    int64_t from, to;     // added to the numbers of rows read and written
+};
+
+static inline Rows rows_of(const Instruction& head, const Step& step, int64_t count, const Team& team) {
+    Rows rows{0, count, 0, 0};
+    if (is_lone(step) && head.flags & kOwnInput) rows.from = team.thread;
+    if (is_lone(step) && head.flags & kOwnOutput) {
+        rows.to = team.thread;
+    } else {
+        share(team, count, 1, &rows.first, &rows.last);
+    }
+    return rows;
+}
 
 // y[t, k] = rows of the table at token_ids, times scale
 struct Embedding {
@@ -109,6 +138,7 @@ struct RotaryStore {
 
 struct Attention {
     Instruction head;
+    const RotaryStore* rotary;  // done by attention itself in lone steps, or null
     const float* qkv;  // [t, w]
     float* y;          // [t, num_heads * v_head_dim]
     uint8_t* workspace;   // attention_bytes()

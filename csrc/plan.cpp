@@ -32,8 +32,9 @@ const Op& as(const Instruction& instruction) {
 
 void multiply(const LinearOp& op, const Step& step, const Team& team) {
     MatmulArgs args;
+    const bool has_own_input = is_lone(step) && (op.head.flags & kOwnInput) != 0;
     args.linear = op.linear;
-    args.x = op.x;
+    args.x = op.x + (has_own_input ? team.thread * op.linear->k : 0);
     args.ldx = op.linear->k;
     args.rows = op.y != nullptr ? step.num_tokens : step.num_logits;
     args.y = op.y != nullptr ? op.y : step.logits;
@@ -42,23 +43,25 @@ void multiply(const LinearOp& op, const Step& step, const Team& team) {
     matmul(args, team);
 }
 
+void look_up(const Embedding& op, const Step& step, const Team& team) {
+    const bool is_own = is_lone(step) && (op.head.flags & kOwnOutput) != 0;
+    const int64_t width = op.table->k;
+    embedding(op.table->parts[0], width, step.token_ids, step.num_tokens, op.scale,
+              op.y + (is_own ? team.thread * width : 0), width, is_own ? Team{0, 1, nullptr} : team);
+}
+
 void gather(const Gather& op, const Step& step, const Team& team) {
-    int64_t first, last;
-    share(team, step.num_logits, 1, &first, &last);
-    for (int64_t row = first; row < last; ++row) {
-        std::memcpy(op.y + row * op.width, op.x + step.logit_rows[row] * op.width, op.width * sizeof(float));
+    const Rows rows = rows_of(op.head, step, step.num_logits, team);
+    for (int64_t row = rows.first; row < rows.last; ++row) {
+        const float* x = op.x + (step.logit_rows[row] + rows.from) * op.width;
+        std::memcpy(op.y + (row + rows.to) * op.width, x, op.width * sizeof(float));
     }
 }
 
 void execute(const Instruction& instruction, const Step& step, const Team& team) {
     const Kernels& native = kernels();
     switch (instruction.opcode) {
-        case Opcode::embedding: {
-            const auto& op = as<Embedding>(instruction);
-            embedding(op.table->parts[0], op.table->k, step.token_ids, step.num_tokens, op.scale, op.y, op.table->k,
-                      team);
-            break;
-        }
+        case Opcode::embedding: look_up(as<Embedding>(instruction), step, team); break;
         case Opcode::linear: multiply(as<LinearOp>(instruction), step, team); break;
         case Opcode::rms_norm: native.rms_norm(as<RmsNorm>(instruction), step, team); break;
         case Opcode::add: native.add(as<Add>(instruction), step, team); break;
@@ -77,11 +80,40 @@ struct Call {
     const Step* step;
 };
 
+constexpr int64_t kAheadBytes = 64 << 10;  // stay in the second-level cache until they are used
+constexpr int64_t kAheadInstructions = 3;
+
+// The first weights that this thread will read at or soon after instruction i: `matmul` gives threads
+// equal shares of a layer's bytes.
+Ahead weights_ahead(const Call& call, int64_t i, const Team& team) {
+    const int64_t end = i + kAheadInstructions < call.count ? i + kAheadInstructions : call.count;
+    while (i < end && call.instructions[i]->opcode != Opcode::linear) ++i;
+    if (i == end) return {};
+    const Linear& linear = *as<LinearOp>(*call.instructions[i]).linear;
+    const auto bytes_of = [&](const LinearPart& part) {
+        return num_groups(part.n) * group_bytes(part.format, linear.k);
+    };
+    int64_t total = 0;
+    for (int number = 0; number < linear.num_parts; ++number) total += bytes_of(linear.parts[number]);
+    int64_t first = total * team.thread / team.num_threads;
+    const int64_t size = total / team.num_threads < kAheadBytes ? total / team.num_threads : kAheadBytes;
+    for (int number = 0; number < linear.num_parts; ++number) {
+        const LinearPart& part = linear.parts[number];
+        const int64_t left = bytes_of(part) - first;
+        if (left > 0) return {part.packed + first, part.packed + first + (size < left ? size : left)};
+        first = -left;
+    }
+    return {};
+}
+
 void execute_all(void* argument, const Team& team) {
     const Call& call = *static_cast<const Call*>(argument);
+    const bool lone = is_lone(*call.step);
     for (int64_t i = 0; i < call.count; ++i) {
-        if (call.instructions[i]->barrier != 0) team.barrier();
-        execute(*call.instructions[i], *call.step, team);
+        const Instruction& instruction = *call.instructions[i];
+        if (lone && (instruction.flags & kPostponed) != 0) continue;
+        if ((instruction.flags & (lone ? kLoneBarrier : kBarrier)) != 0) team.barrier(weights_ahead(call, i, team));
+        execute(instruction, *call.step, team);
     }
 }
 

@@ -164,6 +164,12 @@ void sample_rows(void* argument, const Team& team) {
     }
 }
 
+// A single row is no work for a team.
+void run(ThreadTeam* team, void (*function)(void*, const Team&), SampleCall& call) {
+    if (call.rows == 1) return function(&call, Team{0, 1, nullptr});
+    team->run(function, &call);
+}
+
 void argmax_rows(void* argument, const Team& team) {
     const SampleCall& call = *static_cast<const SampleCall*>(argument);
     int64_t first, last;
@@ -183,11 +189,11 @@ TURBOLM_EXPORT void turbolm_sample(ThreadTeam* team, const float* logits, int64_
                                    const float* temperature, const int64_t* top_k, const float* top_p,
                                    const float* min_p, const double* uniform, int64_t* tokens) {
     SampleCall call{logits, rows, vocabulary, temperature, top_k, top_p, min_p, uniform, tokens};
-    team->run(sample_rows, &call);
+    run(team, sample_rows, call);
 }
 
 TURBOLM_EXPORT void turbolm_argmax(ThreadTeam* team, const float* logits, int64_t rows, int64_t vocabulary,
                                    int64_t* tokens) {
     SampleCall call{logits, rows, vocabulary, nullptr, nullptr, nullptr, nullptr, nullptr, tokens};
-    team->run(argmax_rows, &call);
+    run(team, argmax_rows, call);
 }

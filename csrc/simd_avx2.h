@@ -63,6 +63,19 @@ struct Vec {
                 _mm256_blendv_ps(other.high, a.high, _mm256_castsi256_ps(high_mask))};
     }
 
+    static float sum(Vec a) {
+        const __m256 half = _mm256_add_ps(a.low, a.high);
+        __m128 x = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+        x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+        return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+    }
+    static float largest(Vec a) {
+        const __m256 half = _mm256_max_ps(a.low, a.high);
+        __m128 x = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+        x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+        return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+    }
+
   private:
     static __m128i half(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
     static __m256 widen(__m128i bf16) {

@@ -113,6 +113,22 @@ struct Vec {
     }
     static Vec magnitude(Vec a) { return {reinterpret<Floats>(reinterpret<Bits>(a.value) & 0x7fffffff)}; }
     static Vec if_less(Vec a, Vec b, Vec yes, Vec no) { return {a.value < b.value ? yes.value : no.value}; }
+    static float sum(Vec a) {
+        float lane[16];
+        a.store(lane);
+        for (int width = 8; width > 0; width /= 2) {
+            for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+        }
+        return lane[0];
+    }
+    static float largest(Vec a) {
+        float lane[16];
+        a.store(lane);
+        for (int width = 8; width > 0; width /= 2) {
+            for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
+        }
+        return lane[0];
+    }
     static Vec between(Vec a, int low, int high, Vec other) {
         const Ints index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
         return {(index >= low) & (index < high) ? a.value : other.value};

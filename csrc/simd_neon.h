@@ -80,6 +80,19 @@ struct Vec {
     static Vec if_less(Vec a, Vec b, Vec yes, Vec no) {
         return each([&](int i) { return vbslq_f32(vcltq_f32(a.part[i], b.part[i]), yes.part[i], no.part[i]); });
     }
+    static float sum(Vec a) {
+        const float32x4_t four = vaddq_f32(vaddq_f32(a.part[0], a.part[2]), vaddq_f32(a.part[1], a.part[3]));
+        const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+        return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+    }
+    static float largest(Vec a) {
+        float lane[16];
+        a.store(lane);
+        for (int width = 8; width > 0; width /= 2) {
+            for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
+        }
+        return lane[0];
+    }
     static Vec between(Vec a, int begin, int end, Vec other) {
         static constexpr int32_t indices[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
         return each([&](int i) {

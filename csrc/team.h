@@ -14,11 +14,18 @@ namespace turbolm {
 
 struct Barrier;  // threads.cpp
 
+// Memory that a thread will read soon.
+struct Ahead {
+    const uint8_t* next = nullptr;
+    const uint8_t* end = nullptr;
+};
+
 struct Team {
     int thread;       // 0 .. num_threads-1
     int num_threads;
     Barrier* shared_barrier;
     void barrier() const;  // all threads of the team meet here
+    void barrier(Ahead ahead) const;  // the same; a thread that waits fetches what it will read
 };
 
 // Half-open share of [0, count) for this thread, in multiples of `grain`.

@@ -19,11 +19,12 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
 
-constexpr int kCacheLine = 64;
-constexpr int kFanIn = 8;      // children of a node of the arrival tree
-constexpr int kSpins = 2000;   // pauses before a waiting thread starts to yield: some 40 to 100 µs
+constexpr int kCacheLine = 128;  // processors fetch 64-byte lines in pairs
+constexpr int kLooks = 100;      // of a waiting thread before its first pause: a pause takes up to 60 ns
+constexpr int kSpins = 2000;     // pauses before a waiting thread starts to yield: some 40 to 100 µs
 constexpr int kYields = 1000;  // an idle thread sleeps after so many more
 constexpr uint32_t kThreadMask = 0xfff;         // most threads of a team
+constexpr int kMaxRounds = 12;                  // of a barrier: kThreadMask < 2^12
 constexpr milliseconds kShortRun{2};            // shorter ones say nothing about the machine's load
 constexpr milliseconds kShortestRetreat{200};
 
@@ -36,7 +37,14 @@ inline void pause() {
 }
 
 template <class Done>
-bool spin_until(const Done& done) {
+bool spin_until(const Done& done, Ahead& ahead) {
+    for (int i = 0; i < kLooks; ++i) {
+        if (done()) return true;
+    }
+    for (; ahead.next < ahead.end; ahead.next += 64) {
+        if (done()) return true;
+        __builtin_prefetch(ahead.next);
+    }
     for (int i = 0; i < kSpins; ++i) {
         if (done()) return true;
         pause();
@@ -46,40 +54,37 @@ bool spin_until(const Done& done) {
 
 }  // namespace
 
-// Arrivals climb a tree: a thread that has seen its children arrive tells its parent; the root
-// releases all. Threads count barriers, so nothing is ever reset, and each writes to a cache line of
-// its own, so arrivals don't contend.
+// Dissemination (Hensgen, Finkel and Manber, 1988): in round i each thread tells the one 2^i further
+// on that it, and all whom it has heard of, are here; after the last round it has heard of all. Two
+// threads exchange one signal each, with no third step that releases them. Threads count barriers, so
+// nothing is ever reset, and each signal has a cache line of its own.
 struct Barrier {
+    struct alignas(kCacheLine) Signal {
+        std::atomic<uint64_t> number{0};  // the last barrier that it was given for
+    };
+
     struct alignas(kCacheLine) Slot {
-        std::atomic<uint64_t> arrived{0};  // the last barrier that this thread and all below it have reached
-        uint64_t passed = 0;               // the last barrier that this thread has reached; its own
-        Clock::duration lost{0};           // time that this thread waited beyond spinning; its own
+        Signal signals[kMaxRounds];  // to this thread
+        uint64_t passed = 0;         // the last barrier that this thread has reached; its own
+        Clock::duration lost{0};     // time that this thread waited beyond spinning; its own
     };
 
     explicit Barrier(int max_threads) : slots(new Slot[max_threads]) {}
 
-    // All of this thread's subtree is here.
-    void arrive(int thread, int num_threads) {
+    void meet(int thread, int num_threads, Ahead ahead) {
         Slot& slot = slots[thread];
         const uint64_t number = ++slot.passed;
-        const int first = thread * kFanIn + 1, last = std::min(first + kFanIn, num_threads);
-        for (int child = first; child < last; ++child) wait(slot, slots[child].arrived, number);
-        slot.arrived.store(number, std::memory_order_release);
-    }
-
-    void meet(int thread, int num_threads) {
-        arrive(thread, num_threads);
-        Slot& slot = slots[thread];
-        if (thread == 0) {
-            released.store(slot.passed, std::memory_order_release);
-        } else {
-            wait(slot, released, slot.passed);
+        for (int round = 0, distance = 1; distance < num_threads; ++round, distance *= 2) {
+            const int other = thread + distance;
+            Slot& told = slots[other < num_threads ? other : other - num_threads];
+            told.signals[round].number.store(number, std::memory_order_release);
+            wait(slot, slot.signals[round].number, number, ahead);
         }
     }
 
-    static void wait(Slot& slot, const std::atomic<uint64_t>& counter, uint64_t number) {
+    static void wait(Slot& slot, const std::atomic<uint64_t>& counter, uint64_t number, Ahead& ahead) {
         const auto is_there = [&] { return counter.load(std::memory_order_acquire) >= number; };
-        if (spin_until(is_there)) return;
+        if (spin_until(is_there, ahead)) return;
         // The thread waited for may need this very core.
         const auto start = Clock::now();
         while (!is_there()) sched_yield();
@@ -87,11 +92,12 @@ struct Barrier {
     }
 
     std::unique_ptr<Slot[]> slots;
-    alignas(kCacheLine) std::atomic<uint64_t> released{0};
 };
 
-void Team::barrier() const {
-    if (num_threads > 1) shared_barrier->meet(thread, num_threads);
+void Team::barrier() const { barrier(Ahead{}); }
+
+void Team::barrier(Ahead ahead) const {
+    if (num_threads > 1) shared_barrier->meet(thread, num_threads, ahead);
 }
 
 struct ThreadTeam::State {
@@ -147,7 +153,8 @@ void* ThreadTeam::State::work(void* argument) {
     bool was_active = true;
     for (;;) {
         const auto is_called = [&] { return state.current.load(std::memory_order_acquire) != seen; };
-        bool is_awake = was_active && spin_until(is_called);
+        Ahead nothing;
+        bool is_awake = was_active && spin_until(is_called, nothing);
         for (int i = 0; was_active && !is_awake && i < kYields; ++i) {
             sched_yield();
             is_awake = is_called();
@@ -162,7 +169,7 @@ void* ThreadTeam::State::work(void* argument) {
         if (state.function == nullptr) return nullptr;
         state.barrier->slots[thread].passed = state.first_barrier;
         state.function(state.argument, Team{thread, num_active, state.barrier.get()});
-        state.barrier->arrive(thread, num_active);
+        state.barrier->meet(thread, num_active, Ahead{});
     }
 }
 
@@ -250,7 +257,7 @@ void ThreadTeam::run(void (*function)(void* argument, const Team& team), void* a
     const int num_active = state.num_active;
     if (num_active > 1) state.call(function, argument);
     function(argument, Team{0, num_active, state.barrier.get()});
-    if (num_active > 1) state.barrier->arrive(0, num_active);
+    if (num_active > 1) state.barrier->meet(0, num_active, Ahead{});
     state.adapt(begin, Clock::now());
 }
 

@@ -10,14 +10,15 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "turbolm"
 LEVELS = (
-    {"errors", "env", "types", "config", "weights"},
+    {"errors", "env", "types", "config", "weights", "fields"},
     {"text", "ops", "hub", "parallel"},
     {"quant", "cache"},
     {"layers"},
     {"models"},
     {"engine", "compress"},
-    {"loading", "stream", "llm"},
-    {"lmdeploy", "server", "cli", "ui", "bench", "eval", "ladder", "cluster"},
+    {"loading", "stream", "llm", "answer", "remote"},
+    {"lmdeploy", "server", "ui", "bench", "eval", "ladder", "cluster"},
+    {"cli"},
     {"__init__", "__main__"},
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
@@ -25,7 +26,11 @@ PEERS = ({"loading", "stream", "llm"}, {"errors", "env", "types", "config", "wei
 CUDA_ALLOWED = ("ops/", "parallel/", "engine/graph.py", "engine/device_runner.py")
 # Optional packages, and those that take long to load and are not always needed, are imported where they are used.
 OPTIONAL = {"modelscope", "huggingface_hub"}
-LATE = {"cli/chat.py": {"turbolm.llm", "turbolm.cli.remote", "turbolm.cli.terminal"}, "ops/select.py": {"turbolm.ops.cuda.ops"}}
+LATE = {
+    "cli/chat.py": {"turbolm.llm", "turbolm.remote", "turbolm.cli.terminal"},
+    "cli/ui.py": {"turbolm.llm", "turbolm.ui.app", "turbolm.ui.chat"},
+    "ops/select.py": {"turbolm.ops.cuda.ops"},
+}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass, fields
 import pytest
 from cyclopts import App, CycloptsError
 
-from turbolm.cli.options import field_help, given, takes_options
+from turbolm.cli.options import given, takes_options
 from turbolm.config import EngineConfig
+from turbolm.fields import field_help
 from turbolm.types import SamplingParams
 
 

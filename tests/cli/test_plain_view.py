@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import io
 
-from turbolm.cli.answer import Answer
+from turbolm.answer import Answer
 from turbolm.cli.plain_view import PlainView
 from turbolm.types import Output, ReasoningPart, TextPart, ToolCallPart
 

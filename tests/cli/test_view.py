@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from turbolm.cli.answer import Answer
+from turbolm.answer import Answer
 from turbolm.cli.plain_view import printable
 from turbolm.cli.view import LiveRegion, MarkdownView, finished_length
 from turbolm.types import Output, ReasoningPart, TextPart, ToolCallPart, Usage

@@ -235,3 +235,13 @@ def test_rows_without_a_distribution_are_told_apart_from_the_others() -> None:
         assert tokens[1:3] == [-1, -1]
         assert tokens[0] == tokens[3] >= 0
         assert [entry is None for entry in logprobs] == [False, True, True, False]
+
+
+def test_steps_with_other_requests_are_drawn_by_their_own_params() -> None:
+    """A sampler that has served one set of requests chooses for the next as a new one does."""
+    greedy, drawn = SamplingParams(temperature=0), SamplingParams(seed=3, temperature=2.0)
+    sampler = Sampler()
+    for params in ([greedy], [drawn], [greedy, drawn], [drawn, greedy], [drawn], [greedy]):
+        choices = [Choice(sequence(each, answer=(1, 2))) for each in params]
+        logits = LOGITS.repeat(len(params), 1)
+        assert sampler.sample(logits.clone(), choices)[0] == Sampler().sample(logits.clone(), choices)[0]

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from turbolm.cli.answer import Answer, ChatEngine
+from turbolm.answer import Answer, ChatEngine
 from turbolm.cli.conversation import CHAT_DEFAULTS, OMITTED, Conversation
 from turbolm.cli.options import given, takes_options
 from turbolm.cli.plain_view import PlainView, stream_answer
@@ -59,9 +59,9 @@ def chat(
         if engine_options:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in engine_options)
             raise ConfigError(f"{flags} can't be used with --url: the server has loaded its model already")
-        from turbolm.cli.remote import RemoteLLM
+        from turbolm.remote import RemoteLLM
 
-        engine = remote = RemoteLLM(url, model, _api_key(api_key))
+        engine = remote = RemoteLLM(url, model, read_key(api_key))
         conversation = Conversation(remote.default_params, sampling, system)
         remote.explicit = conversation.given
     else:
@@ -89,7 +89,7 @@ def _question(prompt: str | None) -> str | None:
     return text.strip("\n")
 
 
-def _api_key(value: str | None) -> str | None:
+def read_key(value: str | None) -> str | None:
     if value is None or not value.startswith("@"):
         return value
     try:

@@ -8,29 +8,16 @@ gives `serve` a flag for each field of EngineConfig; `options` holds those that 
 
 from __future__ import annotations
 
-import ast
 import inspect
-import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from typing import Annotated, Any, Optional, TypeVar, get_type_hints
 
 from cyclopts import Group, Parameter
 
+from turbolm.fields import field_help
+
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-def field_help(cls: type) -> dict[str, str]:
-    """Field → the string that follows it in the class body, on one line."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-    assert isinstance(tree, ast.ClassDef)
-    texts = {}
-    for statement, following in zip(tree.body, tree.body[1:], strict=False):
-        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
-            continue
-        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-            texts[statement.target.id] = " ".join(str(following.value.value).split())
-    return texts
 
 
 def takes_options(

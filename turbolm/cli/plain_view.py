@@ -7,7 +7,7 @@ import re
 import sys
 from typing import Protocol, TextIO
 
-from turbolm.cli.answer import Answer, ChatEngine
+from turbolm.answer import Answer, ChatEngine
 from turbolm.cli.conversation import Conversation
 from turbolm.types import Part, ReasoningPart, ToolCallPart
 

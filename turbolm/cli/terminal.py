@@ -17,7 +17,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.styles import Style
 from rich.console import Console
 
-from turbolm.cli.answer import Answer, ChatEngine
+from turbolm.answer import Answer, ChatEngine
 from turbolm.cli.commands import CommandCompleter, run_command
 from turbolm.cli.conversation import Conversation
 from turbolm.cli.plain_view import PlainView, stream_answer

@@ -15,7 +15,7 @@ from rich.padding import Padding
 from rich.syntax import Syntax
 from rich.text import Text
 
-from turbolm.cli.answer import Answer
+from turbolm.answer import Answer
 from turbolm.cli.plain_view import printable, tool_call
 from turbolm.types import Part, ReasoningPart, TextPart
 

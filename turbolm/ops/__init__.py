@@ -142,8 +142,9 @@ class Ops(Protocol):
 class DeviceOps(Ops, Protocol):
     """A backend whose ops return before they are computed, and that samples where it computes."""
 
-    def reserve_logits(self, num_rows: int, num_logits: int) -> None:
-        """Allocate for the logits of the largest step."""
+    def finish_loading(self, num_rows: int, num_logits: int) -> None:
+        """All weights are prepared: release what that took, and allocate for the largest step's logits
+        (so that graphs may hold on to the memory)."""
 
     def sample(
         self,

@@ -9,6 +9,9 @@ import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from typing import ClassVar
 
+# Flags of an instruction; csrc/ops.h says what they mean.
+BARRIER, LONE_BARRIER, OWN_INPUT, OWN_OUTPUT, POSTPONED = 1, 2, 4, 8, 16
+
 CACHE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # by torch's names
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
@@ -40,7 +43,11 @@ class Instruction(ctypes.Structure):
     opcode: ClassVar[int]
     writes: ClassVar[tuple[str, ...]] = ()
     updates: ClassVar[tuple[str, ...]] = ()
-    _fields_: ClassVar = [("code", c_int32), ("barrier", c_int32)]
+    by_row: ClassVar[bool] = False
+    """A row of what it computes takes one row of what it reads, and little time."""
+    own_input: ClassVar[str] = ""
+    """The field that may point to rows of which each thread has a copy."""
+    _fields_: ClassVar = [("code", c_int32), ("flags", c_int32)]
 
 
 class KvPool(ctypes.Structure):
@@ -59,12 +66,14 @@ class HeadShape(ctypes.Structure):
 class Embedding(Instruction):
     opcode = 0
     writes = ("y",)
+    by_row = True
     _fields_: ClassVar = [("table", c_void_p), ("y", c_void_p), ("scale", c_float)]
 
 
 class Linear(Instruction):
     opcode = 1
     writes = ("y", "workspace")
+    own_input = "x"
     _fields_: ClassVar = [("linear", c_void_p), ("x", c_void_p), ("y", c_void_p), ("workspace", c_void_p)]
 
 
@@ -72,6 +81,8 @@ class RmsNorm(Instruction):
     opcode = 2
     writes = ("y",)
     updates = ("residual",)
+    by_row = True
+    own_input = "x"
     _fields_: ClassVar = [
         ("x", c_void_p),
         ("residual", c_void_p),
@@ -85,6 +96,8 @@ class RmsNorm(Instruction):
 class Add(Instruction):
     opcode = 3
     updates = ("residual",)
+    by_row = True
+    own_input = "x"
     _fields_: ClassVar = [("x", c_void_p), ("residual", c_void_p), ("width", c_int64)]
 
 
@@ -109,6 +122,7 @@ class Attention(Instruction):
     opcode = 5
     writes = ("y", "workspace")
     _fields_: ClassVar = [
+        ("rotary", c_void_p),
         ("qkv", c_void_p),
         ("y", c_void_p),
         ("workspace", c_void_p),
@@ -124,12 +138,16 @@ class Attention(Instruction):
 class ActivateMultiply(Instruction):
     opcode = 6
     writes = ("y",)
+    by_row = True
+    own_input = "gate_up"
     _fields_: ClassVar = [("gate_up", c_void_p), ("y", c_void_p), ("width", c_int64), ("activation", c_int32)]
 
 
 class Gather(Instruction):
     opcode = 7
     writes = ("y",)
+    by_row = True
+    own_input = "x"
     _fields_: ClassVar = [("x", c_void_p), ("y", c_void_p), ("width", c_int64)]
 
 

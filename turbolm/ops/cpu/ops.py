@@ -151,6 +151,7 @@ class CpuOps:
             instructions.Attention,
             step_of(batch),
             cache=cache,
+            rotary=0,
             qkv=qkv_tw,
             y=y,
             workspace=self._workspace(num_bytes),

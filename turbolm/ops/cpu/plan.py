@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from turbolm.types import Batch
 
 ALIGNMENT = 64  # bytes
+_MAX_OWN_WIDTH = 2048  # activations of a row that a thread computes faster than it meets the others
+_MAX_FUSED_GROUP = 32  # query heads of a kv head that attention turns itself
+_GRACE = 3  # instructions for which a buffer outlives its last use: their results need no barrier before them
 
 
 class NotRecordableError(EngineError):
@@ -35,6 +38,9 @@ class Buffer:
     shape: tuple[int, ...]
     num_bytes: int
     offset: int = -1  # in the arena, once it is laid out
+
+    def overlaps(self, other: Buffer) -> bool:
+        return self.offset < other.offset + other.num_bytes and other.offset < self.offset + self.num_bytes
 
 
 class Addressed(Protocol):
@@ -62,6 +68,10 @@ class Recorded:
         chosen = self.operands if names is None else {name: self.operands.get(name) for name in names}
         return [operand for operand in chosen.values() if isinstance(operand, Buffer)]
 
+    def changed(self) -> list[Buffer]:
+        """The buffers that it writes."""
+        return self.buffers(self.kind.writes + self.kind.updates)
+
 
 @dataclass(slots=True)
 class PlanRecorder:
@@ -87,10 +97,17 @@ class Plan:
         self._team = team
         self._recorder = recorder
         self._num_logits = num_logits
-        self._arena = torch.empty(_lay_out(recorder.recorded) + ALIGNMENT, dtype=torch.uint8)
+        recorded = recorder.recorded
+        own = _own_buffers(recorded)
+        for buffer in own:
+            buffer.num_bytes = max(buffer.num_bytes, team.num_threads * (buffer.num_bytes // buffer.shape[0]))
+        self._arena = torch.empty(_lay_out(recorded) + ALIGNMENT, dtype=torch.uint8)
         base = -(-self._arena.data_ptr() // ALIGNMENT) * ALIGNMENT
-        self._instructions = [encode(item.kind, item.operands, base) for item in recorder.recorded]
-        _set_barriers(recorder.recorded, self._instructions)
+        self._instructions = [encode(item.kind, item.operands, base) for item in recorded]
+        _mark_own(recorded, self._instructions, own)
+        _fuse_rotary(recorded, self._instructions)
+        _set_barriers(recorded, self._instructions, set(), instructions.BARRIER)
+        _set_barriers(recorded, self._instructions, own, instructions.LONE_BARRIER)
         addresses = [ctypes.addressof(instruction) for instruction in self._instructions]
         self._addresses = (ctypes.c_void_p * len(addresses))(*addresses)
         self._run = library.library().turbolm_run
@@ -106,8 +123,13 @@ class Plan:
 
     @property
     def barriers(self) -> list[bool]:
-        """Before which instructions the threads meet."""
-        return [bool(instruction.barrier) for instruction in self._instructions]
+        """Before which instructions the threads meet, in steps of several tokens."""
+        return [bool(instruction.flags & instructions.BARRIER) for instruction in self._instructions]
+
+    @property
+    def lone_barriers(self) -> list[bool]:
+        """The same in steps of one token, where each thread does the short work for itself."""
+        return [bool(instruction.flags & instructions.LONE_BARRIER) for instruction in self._instructions]
 
     def run(self, batch: Batch) -> Tensor:
         """Float32 logits [r, vocabulary], valid until the next run. Raises EngineError for a batch
@@ -154,7 +176,7 @@ def encode(
 ) -> instructions.Instruction:
     """The instruction. `arena`: where the offsets of buffers begin."""
     values = {name: _value(operand, arena) for name, operand in operands.items()}
-    return kind(code=kind.opcode, barrier=0, **values)
+    return kind(code=kind.opcode, flags=0, **values)
 
 
 def _value(operand: Operand, arena: int) -> ctypes.Structure | int | float:
@@ -181,7 +203,7 @@ def _lay_out(recorded: list[Recorded]) -> int:
                 live.append(buffer)
                 live.sort(key=lambda other: other.offset)
                 size = max(size, buffer.offset + buffer.num_bytes)
-        live = [buffer for buffer in live if last_use[buffer] > index]
+        live = [buffer for buffer in live if last_use[buffer] + _GRACE > index]
     return size
 
 
@@ -195,28 +217,72 @@ def _first_gap(live: list[Buffer], num_bytes: int) -> int:
     return offset
 
 
-def _set_barriers(recorded: list[Recorded], encoded: list[instructions.Instruction]) -> None:
-    """A barrier before each instruction that touches what one since the last barrier wrote, or
-    writes what one read."""
-    reads: list[tuple[int, int]] = []  # since the last barrier: ranges of the arena
-    writes: list[tuple[int, int]] = []
-    shared: set[object] = set()  # KV pools and the logits
+def _own_buffers(recorded: list[Recorded]) -> set[Buffer]:
+    """Those of which each thread has a copy in steps of one token: short work alone writes them, and
+    nothing but short work and products reads them."""
+    own = {buffer for item in recorded for buffer in item.buffers()}
+    while True:
+        shared: set[Buffer] = set()
+        for item in recorded:
+            changed = item.changed()
+            is_own = _is_short(item) and own.issuperset(changed)
+            shared.update(changed if not is_own else ())
+            may_be_own = (item.kind.own_input, *item.kind.writes, *item.kind.updates)
+            shared.update(item.buffers(tuple(name for name in item.operands if name not in may_be_own)))
+        if own.isdisjoint(shared):
+            return own
+        own -= shared
+
+
+def _is_short(item: Recorded) -> bool:
+    if item.kind is instructions.ActivateMultiply:
+        return cast(int, item.operands["width"]) <= _MAX_OWN_WIDTH
+    return item.kind.by_row
+
+
+def _mark_own(recorded: list[Recorded], encoded: list[instructions.Instruction], own: set[Buffer]) -> None:
     for item, instruction in zip(recorded, encoded, strict=True):
-        changed = [_range(b) for b in item.buffers(item.kind.writes + item.kind.updates)]
-        used = [_range(b) for b in item.buffers()]
+        if not own.isdisjoint(item.buffers((item.kind.own_input,))):
+            instruction.flags |= instructions.OWN_INPUT
+        if not own.isdisjoint(item.changed()):
+            instruction.flags |= instructions.OWN_OUTPUT
+
+
+def _fuse_rotary(recorded: list[Recorded], encoded: list[instructions.Instruction]) -> None:
+    """Attention turns and stores a single token's heads itself, which spares a barrier."""
+    for index in range(len(recorded) - 1):
+        first, second = recorded[index : index + 2]
+        if (first.kind, second.kind) != (instructions.RotaryStore, instructions.Attention):
+            continue
+        shape = cast(instructions.HeadShape, second.operands["shape"])
+        is_same = first.operands["qkv"] is second.operands["qkv"] and first.cache is second.cache
+        if is_same and shape.num_heads // shape.num_kv_heads <= _MAX_FUSED_GROUP:
+            encoded[index].flags |= instructions.POSTPONED
+            cast(instructions.Attention, encoded[index + 1]).rotary = ctypes.addressof(encoded[index])
+
+
+def _set_barriers(
+    recorded: list[Recorded], encoded: list[instructions.Instruction], own: set[Buffer], flag: int
+) -> None:
+    """A barrier before each instruction that touches what one since the last barrier wrote, or
+    writes what one read. `own`: buffers of which each thread touches its own copy alone, which is so
+    in steps of one token (`flag` says of which steps this is)."""
+    reads: list[Buffer] = []  # since the last barrier
+    writes: list[Buffer] = []
+    shared: set[object] = set()  # KV pools and the logits
+
+    def meet(some: list[Buffer], others: list[Buffer]) -> bool:
+        return any(a.overlaps(b) and not (a is b and a in own) for a in some for b in others)
+
+    for item, instruction in zip(recorded, encoded, strict=True):
+        if flag == instructions.LONE_BARRIER and instruction.flags & instructions.POSTPONED:
+            continue
+        changed, used = item.changed(), item.buffers()
         others: set[object] = set() if item.cache is None else {item.cache.k.data_ptr()}
         others |= {"logits"} if item.writes_logits else set()
-        if _overlap(used, writes) or _overlap(changed, reads) or others & shared:
-            instruction.barrier = 1
+        if meet(used, writes) or meet(changed, reads) or others & shared:
+            instruction.flags |= flag
             reads, writes, shared = [], [], set()
         reads += used
         writes += changed
         shared |= others
-
-
-def _range(buffer: Buffer) -> tuple[int, int]:
-    return buffer.offset, buffer.offset + buffer.num_bytes
-
-
-def _overlap(some: list[tuple[int, int]], others: list[tuple[int, int]]) -> bool:
-    return any(first < other_end and other < end for first, end in some for other, other_end in others)

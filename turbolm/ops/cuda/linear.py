@@ -29,7 +29,6 @@ class Arguments(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("tiles", "tiles_extra", "units", "units_extra")),
         ("resident", ctypes.c_int),
         *((f"prefetch_{name}", ctypes.c_int) for name in ("first_tile", "tiles", "first_unit", "units")),
-        ("steps_beside", ctypes.c_int),
     )
 
 
@@ -95,10 +94,10 @@ def run(
     out: Tensor,
     activation: str = "silu",
     *,
-    overlap: bool = True,
+    overlap: bool | None = None,
 ) -> None:
     """Launches a plan. weight, bias, out: contiguous; weight and bias constant, as they may be read while
-    earlier kernels run. overlap: see `Launch`."""
+    earlier kernels run. overlap: see `Launch`; None: where that is faster."""
     if x_tk.stride(1) != 1 or x_tk.stride(0) % 8 or x_tk.data_ptr() % 16:
         x_tk = x_tk.contiguous()
     assert weight_nk.is_contiguous() and out.is_contiguous() and weight_nk.data_ptr() % 16 == 0
@@ -107,6 +106,7 @@ def run(
     device_index = x_tk.get_device()
     # The activation makes no difference but to the gated kernel.
     number = _ACTIVATIONS[activation] if output is Output.GATED else 0
+    overlap = plan.is_fast_beside_others if overlap is None else overlap
     launch = _launch(plan, output, number, x_tk.dtype, device_index, overlap)
     arguments = launch.arguments
     arguments.x = x_tk.data_ptr()
@@ -164,6 +164,5 @@ def plan_arguments(plan: Plan) -> Arguments:
         units=units,
         units_extra=units_extra,
         resident=plan.resident,
-        steps_beside=plan.steps_beside,
         **dict(zip(names, plan.prefetch, strict=True)),
     )

@@ -113,6 +113,10 @@ class CudaOps:
         rows.add_rms_norm(_parts(x_th), residual_th, weight_h, eps, out)
         return out, residual_th
 
+    def add(self, x_th: Tensor, residual_th: Tensor) -> Tensor:
+        rows.add(_parts(x_th), residual_th)
+        return residual_th
+
     def rotary_store(
         self,
         qkv_tw: Tensor,

@@ -2,10 +2,10 @@
 
     r  rows    v  vocabulary    g  groups of a row: 1024 tokens each
 
-1. A program per group finds its largest logit and the sum of its weights, exp((logit - largest) / T).
-2. For rows with filters, `filters.py` collects the few tokens among which the filters' border must be.
-3. A program per row puts the groups together: the likeliest token; or the group that holds the target
-   of the draw, then the token in that group; or the filters' border, then the token among the kept.
+1. Programs find the groups' largest logits and the sums of their weights, exp((logit - largest) / T).
+2. For rows with filters, `filters.py` lists the few tokens among which the filters' border must be.
+3. A program per row puts the groups together: the likeliest token; or, after the filters' border, the
+   group that holds the target of the draw, then the token in that group.
 
 Plain rows are read once, and one group of them twice; so are greedy rows, without the sums. A row's
 token depends on that row alone, to the bit: groups are the same in every batch.
@@ -25,51 +25,54 @@ from torch import Tensor
 
 from turbolm.ops.triton.filters import (
     ALL_KEYS,
-    BINS,
     CAPACITY,
     GROUP,
-    bin_of,
-    candidates,
+    PEAKS,
+    bracket,
     filters_of,
     find_border,
     inverse_of,
     key_of,
+    mass_between,
+    units_of,
 )
 from turbolm.ops.triton.launch import await_inputs, pdl_options
 
 _DRAW_TILE = tl.constexpr(1024)
+_GROUPS_PER_PROGRAM = tl.constexpr(2)
+_NUM_PIVOTS = tl.constexpr(8)
 
 
 @triton.jit
 def _group_kernel(
-    logits, temperature, top_k, top_p, min_p, maxima, tokens, sums, histograms, row_stride, vocab_size, num_groups,
+    logits, temperature, maxima, tokens, sums, minima, peaks, row_stride, vocab_size, num_groups,
     DRAW: tl.constexpr, FILTER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """logits [r, v] → maxima (NaN: the group holds one), tokens (the maximum's), sums [r, g], and histograms
-    [r, g, BINS] of rows with filters: tokens by distance from the maximum."""
+    """logits [r, v] → maxima (NaN: the group holds one), tokens (the maximum's), sums [r, g]; for filters, the
+    minima above -inf [r, g] and the maxima of the groups' parts [r, g, PEAKS]."""
     row = tl.program_id(1)
-    group = tl.program_id(0)
+    group = tl.program_id(0) * _GROUPS_PER_PROGRAM + tl.arange(0, _GROUPS_PER_PROGRAM)
+    is_group = group < num_groups
     place = row * num_groups + group
-    token = group * GROUP + tl.arange(0, GROUP)
-    inside = token < vocab_size
+    token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     await_inputs(PDL)
-    x = tl.load(logits + row.to(tl.int64) * row_stride + token, mask=inside, other=float("-inf"))
-    is_nan = tl.max((x != x).to(tl.int32), 0)  # noqa: PLR0124
-    top, index = tl.max(x, 0, return_indices=True)
-    tl.store(maxima + place, tl.where(is_nan > 0, float("nan"), top))
-    tl.store(tokens + place, group * GROUP + index)
+    x = tl.load(logits + row.to(tl.int64) * row_stride + token, mask=token < vocab_size, other=float("-inf"))
+    is_nan = tl.max((x != x).to(tl.int32), 1)  # noqa: PLR0124
+    top, index = tl.max(x, 1, return_indices=True)
+    tl.store(maxima + place, tl.where(is_nan > 0, float("nan"), top), mask=is_group)
+    tl.store(tokens + place, group * GROUP + index, mask=is_group)
     if DRAW:
         t = tl.load(temperature + row)
         if t > 0:
-            inverse = inverse_of(t)
             base = tl.where(top == float("-inf"), 0.0, top)  # -inf minus -inf would be NaN
-            tl.store(sums + place, tl.sum(tl.exp((x - base) * inverse), 0))
+            weights = tl.exp((x - base[:, None]) * inverse_of(t))
+            tl.store(sums + place, tl.sum(weights, 1), mask=is_group)
             if FILTER:
-                _, _, _, has_any = filters_of(top_k, top_p, min_p, row, vocab_size)
-                if has_any:
-                    distance = tl.minimum(bin_of(top, inverse) - bin_of(x, inverse), BINS - 1)
-                    counts = tl.histogram(distance, BINS, mask=inside)
-                    tl.store(histograms + place.to(tl.int64) * BINS + tl.arange(0, BINS), counts)
+                least = tl.min(tl.where(x > float("-inf"), x, float("inf")), 1)
+                tl.store(minima + place, least, mask=is_group)
+                parts = tl.max(tl.reshape(x, (_GROUPS_PER_PROGRAM, PEAKS, GROUP // PEAKS)), 2)
+                part = place.to(tl.int64)[:, None] * PEAKS + tl.arange(0, PEAKS)[None, :]
+                tl.store(peaks + part, parts, mask=is_group[:, None])
 
 
 @triton.jit
@@ -101,9 +104,44 @@ def _draw(x_list, size, uniform, lowest, least_weight, top, inverse):
 
 
 @triton.jit
+def _choose_group(masses, group, num_groups, x_list, ids, size, low, high, least_weight, draw, top, inverse,
+                  HAS_IDS: tl.constexpr):  # fmt: skip
+    """The group of the drawn token, and a uniform number within it. Masses of groups in units, to which the list's
+    logits in (low, high] of at least the least weight are added; without ids, a logit's place is its id."""
+    position = tl.arange(0, _DRAW_TILE)
+    pivot = tl.arange(0, _NUM_PIVOTS)
+    whole = tl.sum(masses, 0) + mass_between(x_list, size, low, high, least_weight, top, inverse)
+    target = draw * whole.to(tl.float64)
+    first = tl.full((), -1, tl.int32)  # the mass up to this group doesn't exceed the target
+    last = num_groups - 1 + tl.zeros((), tl.int32)  # up to this one it does
+    before = tl.zeros((), tl.int64)
+    until = whole
+    while last - first > 1:
+        ends = first + (last - first) * (pivot + 1) // (_NUM_PIVOTS + 1)
+        sums = tl.sum(tl.where(group[:, None] <= ends[None, :], masses[:, None], 0), 0)
+        for start in range(0, size, _DRAW_TILE):
+            inside = start + position < size
+            x = tl.load(x_list + start + position, mask=inside, other=float("-inf"))
+            token = start + position
+            if HAS_IDS:
+                token = tl.load(ids + start + position, mask=inside, other=0)
+            key = key_of(x)
+            weight = tl.exp((x - top) * inverse)
+            units = tl.where((key > low) & (key <= high) & (weight >= least_weight), units_of(weight), 0)
+            sums += tl.sum(tl.where((token // GROUP)[:, None] <= ends[None, :], units[:, None], 0), 0)
+        is_past = sums.to(tl.float64) > target
+        until = tl.min(tl.where(is_past, sums, until), 0)
+        before = tl.max(tl.where(is_past, before, sums), 0)
+        new_first = tl.max(tl.where(is_past, first, ends), 0)
+        last = tl.min(tl.where(is_past, ends, last), 0)
+        first = new_first
+    return last, (target - before.to(tl.float64)) / (until - before).to(tl.float64)
+
+
+@triton.jit
 def _choose_kernel(
-    logits, temperature, top_k, top_p, min_p, uniform, maxima, group_tokens, sums, values, ids, num_candidates, out,
-    row_stride, vocab_size, num_groups,
+    logits, temperature, top_k, top_p, min_p, uniform, maxima, group_tokens, sums,
+    brackets, above, targets, values, ids, num_listed, kept, out, row_stride, vocab_size, num_groups,
     GROUPS: tl.constexpr, DRAW: tl.constexpr, FILTER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """→ out [r]; a row per program. GROUPS: num_groups, padded."""
@@ -122,36 +160,44 @@ def _choose_kernel(
             inverse = inverse_of(t)
             x_row = logits + row.to(tl.int64) * row_stride
             draw = tl.load(uniform + row).to(tl.float64)
-            masses = tl.load(sums + row * num_groups + group, mask=is_group, other=0.0)
-            masses = tl.where(tops == float("-inf"), 0.0, masses * tl.exp((tops - top) * inverse)).to(tl.float64)
+            lowest = ALL_KEYS + tl.zeros((), tl.int32)
+            least_weight = tl.zeros((), tl.float32)
             has_any = False
             if FILTER:
                 k, p, m, has_any = filters_of(top_k, top_p, min_p, row, vocab_size)
             if not has_any:
+                masses = tl.load(sums + row * num_groups + group, mask=is_group, other=0.0)
+                masses = tl.where(tops == float("-inf"), 0.0, masses * tl.exp((tops - top) * inverse)).to(tl.float64)
                 target = draw * tl.sum(masses, 0)
                 is_past = (tl.cumsum(masses, 0) > target) & (masses > 0)
                 last = tl.max(tl.where(masses > 0, group, 0), 0)
                 chosen = tl.minimum(tl.min(tl.where(is_past, group, GROUPS), 0), last)
                 before = tl.sum(tl.where(group < chosen, masses, 0.0), 0)
-                own = tl.sum(tl.where(group == chosen, masses, 0.0), 0)
                 # What is left of the target is a uniform number within the group.
-                first = chosen * GROUP
-                size = tl.minimum(vocab_size - first, GROUP)
-                token = first + _draw(
-                    x_row + first, size, (target - before) / own, ALL_KEYS, 0.0, top, inverse
-                )  # fmt: skip
+                draw = (target - before) / tl.sum(tl.where(group == chosen, masses, 0.0), 0)
             elif FILTER:
-                x_list = values + row * CAPACITY
-                size = tl.load(num_candidates + row)
-                is_listed = size >= 0
-                if not is_listed:
-                    x_list = x_row
-                    size = vocab_size
-                whole = tl.sum(masses, 0).to(tl.float32)
-                lowest = find_border(x_list, size, k, p, whole, top, inverse)
-                token = _draw(x_list, size, draw, lowest, m, top, inverse)
-                if is_listed:
-                    token = tl.load(ids + row * CAPACITY + token)
+                least_weight = m
+                low = tl.load(brackets + 4 * row)
+                high = tl.load(brackets + 4 * row + 1)
+                num_above = tl.load(above + row)
+                target = tl.load(targets + row)
+                masses = units_of(tl.load(kept + row * num_groups + group, mask=is_group, other=0.0).to(tl.float64))
+                size = tl.load(num_listed + row)
+                if size <= CAPACITY:
+                    x_list = values + row * CAPACITY
+                    lowest = find_border(x_list, size, low, high, num_above, target, k, p, top, inverse)
+                    chosen, draw = _choose_group(
+                        masses, group, num_groups, x_list, ids + row * CAPACITY, size, lowest, high, m, draw, top,
+                        inverse, True,
+                    )  # fmt: skip
+                else:
+                    lowest = find_border(x_row, vocab_size, low, high, num_above, target, k, p, top, inverse)
+                    chosen, draw = _choose_group(
+                        masses, group, num_groups, x_row, ids, vocab_size, lowest, high, m, draw, top, inverse, False
+                    )
+            first = chosen * GROUP
+            size_left = tl.minimum(vocab_size - first, GROUP)
+            token = first + _draw(x_row + first, size_left, draw, lowest, least_weight, top, inverse)
     tl.store(out + row, tl.where(is_valid, token, -1))
 
 
@@ -170,7 +216,7 @@ def sample(
     float32 logits whose rows may be a part of longer ones, float32 temperatures (0: the likeliest token),
     int64 top_k (0: all), float32 top_p and min_p, float64 uniform numbers in [0, 1): as `ops.sampling.sample`
     takes them. A row with +inf gives its first. `has_filters=False` says that no row has filters, and saves
-    two launches.
+    five launches.
     """
     return _sample(logits_rv, temperature_r, top_k_r, top_p_r, min_p_r, uniform_r, True, has_filters)
 
@@ -196,20 +242,21 @@ def _sample(
     out = torch.empty(num_rows, dtype=torch.int32, device=logits_rv.device)
     if num_rows == 0:
         return out
-    maxima, sums = logits_rv.new_empty(2, num_rows, num_groups)
+    maxima, sums, minima = logits_rv.new_empty(3, num_rows, num_groups)
     tokens = torch.empty_like(maxima, dtype=torch.int32)
-    histograms = out.new_empty(num_rows, num_groups, BINS.value) if is_filtered else out
+    peaks = logits_rv.new_empty(num_rows, num_groups, PEAKS.value) if is_filtered else maxima
     parameters = (temperature_r, top_k_r, top_p_r, min_p_r)
     options = {"DRAW": is_drawn, "FILTER": is_filtered, **pdl_options(logits_rv.device)}
-    _group_kernel[(num_groups, num_rows)](
-        logits_rv, *parameters, maxima, tokens, sums, histograms, logits_rv.stride(0), vocab_size, num_groups,
+    _group_kernel[(triton.cdiv(num_groups, _GROUPS_PER_PROGRAM.value), num_rows)](
+        logits_rv, temperature_r, maxima, tokens, sums, minima, peaks, logits_rv.stride(0), vocab_size, num_groups,
         num_warps=4, **options,
     )  # fmt: skip
-    values, ids, num_candidates = maxima, tokens, tokens
+    filtered: tuple[Tensor, ...] = (out,) * 7
     if is_filtered:
-        values, ids, num_candidates = candidates(logits_rv, *parameters, maxima, sums, histograms)
+        b = bracket(logits_rv, parameters, maxima, minima, sums, peaks)
+        filtered = (b.brackets, b.above, b.targets, b.values, b.ids, b.num_listed, b.kept)
     _choose_kernel[(num_rows,)](
-        logits_rv, *parameters, uniform_r, maxima, tokens, sums, values, ids, num_candidates, out,
+        logits_rv, *parameters, uniform_r, maxima, tokens, sums, *filtered, out,
         logits_rv.stride(0), vocab_size, num_groups,
         GROUPS=triton.next_power_of_2(num_groups), num_warps=8, **options,
     )  # fmt: skip

@@ -46,8 +46,6 @@ struct Arguments {
     int resident;            // whether shared memory holds all slices of x
     // Row tiles of a CTA, and units of each, that are brought into L2 before the kernel waits for x.
     int prefetch_first_tile, prefetch_tiles, prefetch_first_unit, prefetch_units;
-    // The last steps, beside which the next kernel may start (all of one at least); -1: before the first.
-    int steps_beside;
 };
 
 __device__ __forceinline__ float activate(float gate) {
@@ -300,9 +298,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_CTAS) linear(const
          tile += WARPS_M * WARPS_K)
         DenseWeights::prefetch(a, tile, first_unit + a.prefetch_first_unit,
                                min(units - a.prefetch_first_unit, a.prefetch_units), lane);
-    int steps_left = slices * ((last_tile - first_tile + PASS_TILES - 1) / PASS_TILES);
-    const int start_next = min(a.steps_beside, steps_left);
-    if (a.steps_beside < 0) let_next_kernel_start();
+    let_next_kernel_start();
     wait_for_previous_kernel();
 
     auto copy_slice = [&](int slice, int buffer) {
@@ -322,8 +318,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_CTAS) linear(const
     int buffer = 0, area = 0;
     for (int pass_tile = first_tile; pass_tile < last_tile; pass_tile += PASS_TILES) {
         float sums[TILES_M][TILES_T][4] = {};
-        for (int slice = 0; slice < slices; slice++, steps_left--) {
-            if (steps_left == start_next) let_next_kernel_start();
+        for (int slice = 0; slice < slices; slice++) {
             if (!a.resident) {
                 // Every warp is done with the buffer of the step before, and sees the x of this one: it was
                 // copied along with weights that its copier has used since.

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from turbolm.cli.remote import RemoteLLM
 from turbolm.errors import ConfigError, EngineError, RequestError
+from turbolm.remote import RemoteLLM
 from turbolm.types import Output, SamplingParams, ToolCallPart
 
 
@@ -38,9 +38,21 @@ def test_only_what_was_changed_or_given_is_sent(toy):
         "include_stop_str_in_output",
     }
     assert body["stop"] == ["a", "b"]
-    llm = RemoteLLM(toy.url)
-    llm.explicit = {"temperature": 1.0}
-    assert llm._fields(SamplingParams()) == {"temperature": 1.0}
+
+
+def test_what_was_given_is_sent_even_if_it_is_the_default(toy):
+    async def run():
+        llm = RemoteLLM(toy.url)
+        llm.explicit = {"temperature"}
+        stream = llm.chat([{"role": "user", "content": "hi"}], SamplingParams(), explicit={"top_p"})
+        async for _ in stream:
+            pass
+        await llm.close()
+
+    asyncio.run(run())
+    sent = toy.bodies[-1]
+    assert (sent["temperature"], sent["top_p"]) == (1.0, 1.0)
+    assert "top_k" not in sent
 
 
 def test_model_key_and_context(toy):

@@ -93,12 +93,12 @@ class Answer:
             words.append(f"context {self.usage.total_tokens}" + (f" of {max_context}" if max_context else ""))
         return ", ".join(words)
 
-    def ending(self, max_context: int) -> str | None:
-        """What the user should know about how it ended, if anything."""
+    def ending(self, max_context: int, remedy: str = "/reset begins anew") -> str | None:
+        """What the user should know about how it ended, if anything; `remedy`: what to do about a full context."""
         if self.error:
             return str(self.error)
         if self.finish_reason != "length":
             return None
         if self.usage and max_context and self.usage.total_tokens >= max_context:
-            return f"the context of {max_context} tokens is full, so the answer ends here: /reset begins anew"
+            return f"the context of {max_context} tokens is full, so the answer ends here: {remedy}"
         return f"the answer ends here, at max_tokens: {self.num_tokens}"

@@ -26,8 +26,8 @@ class RemoteLLM:
     """Chats with one model of the server at `url` (with or without /v1). Asks the server for its models;
     raises ConfigError if it can't be reached or has no model `model`.
 
-    Parameters that differ from the defaults are sent, and those named in `explicit`: for the rest the
-    server's own defaults hold.
+    Parameters that differ from the defaults are sent, and those named in `explicit` (here, or with one
+    request): for the rest the server's own defaults hold.
     """
 
     def __init__(self, url: str, model: str | None = None, api_key: str | None = None) -> None:
@@ -60,7 +60,11 @@ class RemoteLLM:
         return name, RemoteLimits(limit if isinstance(limit, int) else 0)
 
     async def chat(
-        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        explicit: Collection[str] = (),
     ) -> AsyncIterator[Output]:
         """Deltas of the answer; closing the iterator hangs up, which cancels. Raises RequestError (refused)
         or EngineError (the server failed or broke off)."""
@@ -69,7 +73,7 @@ class RemoteLLM:
             "messages": list(messages),
             "stream": True,
             "stream_options": {"include_usage": True},
-            **self._fields(params or _DEFAULTS),
+            **self._fields(params or _DEFAULTS, {*self.explicit, *explicit}),
         }
         finish: FinishReason | None = None
         usage: Usage | None = None
@@ -95,11 +99,11 @@ class RemoteLLM:
     async def close(self) -> None:
         await self._client.aclose()
 
-    def _fields(self, params: SamplingParams) -> dict[str, object]:
+    def _fields(self, params: SamplingParams, explicit: Collection[str]) -> dict[str, object]:
         sent = {}
         for field in fields(params):
             value = getattr(params, field.name)
-            if field.name in self.explicit or value != getattr(_DEFAULTS, field.name):
+            if field.name in explicit or value != getattr(_DEFAULTS, field.name):
                 sent[_RENAMED.get(field.name, field.name)] = list(value) if isinstance(value, tuple) else value
         return sent
 

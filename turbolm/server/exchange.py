@@ -1,0 +1,192 @@
+"""One request being answered: takes in what the engine yields, for a client that reads at its own pace."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from turbolm.errors import TurbolmError
+from turbolm.server.answer import Answer
+from turbolm.server.failures import internal, timed_out
+from turbolm.server.metrics import Metrics
+from turbolm.types import Output, Usage
+
+logger = logging.getLogger(__name__)
+
+STALL_SECONDS = 60.0  # a client that takes nothing for so long is cut off
+
+
+@dataclass(slots=True)
+class Record:
+    """What the log and the metrics keep of a request."""
+
+    id: str
+    method: str
+    path: str
+    started: float = field(default_factory=time.perf_counter)
+    status: int = 0
+    outcome: str = "ok"  # refused, failed, gone (the client left), timeout
+    first_token: float = 0.0  # seconds after the start; 0: none came
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Exchange:
+    """The answers to one request. What comes in piles up, merged, until it is taken; so a slow client costs
+    the text of its answers and no more. Leaving the `async with` ends whatever still runs."""
+
+    def __init__(
+        self, sources: Sequence[AsyncIterator[Output]], num_answers: int, record: Record, metrics: Metrics
+    ) -> None:
+        """`sources`: the outputs of each prompt, with `num_answers` answers each."""
+        self.record = record
+        self.answers: dict[int, Answer] = {}  # not taken yet, by choice
+        self.usage = Usage(0, 0)
+        self.error: TurbolmError | None = None
+        self.is_gone = False
+        self.blocked_since = 0.0  # when the current write began; 0: none waits
+        self._sources = sources
+        self._num_answers = num_answers
+        self._num_open = num_answers * len(sources)
+        self._metrics = metrics
+        self._streams = False
+        self._pings = False
+        self._last = 0.0  # when tokens were last taken or sent
+        self._changed = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._owner: asyncio.Task[Any] | None = None
+
+    async def __aenter__(self) -> Exchange:
+        self._owner = asyncio.current_task()
+        self._last = time.perf_counter()
+        self._tasks = [asyncio.create_task(self._pump(index, source)) for index, source in enumerate(self._sources)]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    @property
+    def is_over(self) -> bool:
+        return self._num_open == 0 or self.error is not None or self.is_gone
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a first token came."""
+        return self.record.first_token > 0
+
+    async def finished(self) -> None:
+        """Waits for the end of all answers."""
+        while not self.is_over:
+            await self._changed.wait()
+            self._changed.clear()
+        self._note_whole()
+
+    async def news(self) -> None:
+        """Waits until there is something to send, a comment perhaps."""
+        self._streams = True
+        while not (self.answers or self._pings or self.is_over):
+            await self._changed.wait()
+            self._changed.clear()
+
+    def take(self) -> dict[int, Answer]:
+        """What came in since the last call, by choice."""
+        self._pings = False
+        answers, self.answers = self.answers, {}
+        now = time.perf_counter()
+        for answer in answers.values():
+            if answer.num_tokens and self._last:
+                self._metrics.between_tokens.observe((now - self._last) / answer.num_tokens, answer.num_tokens)
+        self._last = now
+        return answers
+
+    def leave(self) -> None:
+        """The client has gone."""
+        if not self.is_over:
+            self.record.outcome = "gone"
+            self.is_gone = True
+            self._changed.set()
+
+    def fail(self, error: TurbolmError) -> None:
+        """Ends the exchange with an error."""
+        if not self.is_over:
+            self.error = error
+            self._changed.set()
+
+    def tick(self, now: float, timeout: float, ping_interval: float) -> None:
+        """Called about once a second: deadline, comments, clients that don't read."""
+        if timeout and now - self.record.started > timeout and not self.is_over:
+            self.record.outcome = "timeout"
+            self.fail(timed_out(timeout))
+        if self.blocked_since and now - self.blocked_since > STALL_SECONDS and self._owner is not None:
+            self.record.outcome = "gone"
+            self.is_gone = True
+            self._owner.cancel()
+        if ping_interval and self._streams and now - self._last > ping_interval:
+            self._last = now
+            self._pings = True
+            self._changed.set()
+
+    async def _pump(self, prompt: int, source: AsyncIterator[Output]) -> None:
+        base = prompt * self._num_answers
+        try:
+            async with contextlib.aclosing(source):  # type: ignore[type-var]
+                async for output in source:
+                    self._add(base + output.index, output)
+        except TurbolmError as error:
+            self.fail(error)
+        except Exception:
+            logger.exception("request %s failed", self.record.id)
+            self.fail(internal())
+
+    def _add(self, choice: int, output: Output) -> None:
+        if output.error is None or output.parts:
+            answer = self.answers.get(choice)
+            if answer is None:
+                answer = self.answers[choice] = Answer()
+            answer.add(output)
+        if output.token_ids:
+            self.record.answer_tokens += len(output.token_ids)
+            if not self.record.first_token:
+                self._note_first()
+        if output.finish_reason is not None:
+            self._end(choice, output)
+        elif self._streams:
+            self._changed.set()
+
+    def _note_first(self) -> None:
+        now = time.perf_counter()
+        self.record.first_token = now - self.record.started
+        self._metrics.first_token.observe(self.record.first_token)
+        self._last = 0.0 if self._streams else now  # the first token has no distance to one before
+
+    def _end(self, choice: int, output: Output) -> None:
+        self._num_open -= 1
+        if output.usage is not None:
+            is_first = choice % self._num_answers == 0  # the prompt counts once for all its answers
+            self.usage = Usage(
+                self.usage.prompt_tokens + output.usage.prompt_tokens * is_first,
+                self.usage.completion_tokens + output.usage.completion_tokens,
+                self.usage.cached_tokens + output.usage.cached_tokens * is_first,
+            )
+        if output.error is not None:
+            self._num_open += 1
+            self.fail(output.error)
+        elif self._streams or self._num_open == 0:
+            self._changed.set()
+        reason = output.finish_reason or ""
+        self._metrics.finished["abort" if reason in ("cancelled", "error") else reason] += 1
+
+    def _note_whole(self) -> None:
+        """The mean distance of the tokens of answers that were not streamed."""
+        num_gaps = self.record.answer_tokens - self._num_answers * len(self._sources)
+        if self.has_begun and num_gaps > 0:
+            elapsed = time.perf_counter() - self._last
+            self._metrics.between_tokens.observe(elapsed * len(self.answers) / num_gaps, num_gaps)

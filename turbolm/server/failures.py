@@ -1,0 +1,105 @@
+"""What can go wrong with a request, as the API reports it: a status and OpenAI's error object."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from starlette.responses import Response
+
+from turbolm.errors import (
+    CapacityError,
+    ContextOverflowError,
+    RequestError,
+    TemplateError,
+    TurbolmError,
+    UserError,
+)
+
+RETRY_SECONDS = 1
+
+
+class ApiError(TurbolmError):
+    """An error with the status and the words that a client gets."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        parameter: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.parameter = parameter
+        self.code = code
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, object]:
+        error = {"message": str(self), "type": self.kind, "param": self.parameter, "code": self.code}
+        return {"error": error}
+
+    def response(self) -> Response:
+        return JsonResponse(self.body, self.status, self.headers)
+
+
+class JsonResponse(Response):
+    media_type = "application/json"
+
+    def __init__(self, content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(to_json(content), status, headers)
+
+
+def to_json(value: object) -> bytes:
+    """Compact JSON, as UTF-8. The values are finite."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8", "replace")
+
+
+def to_api_error(error: TurbolmError) -> ApiError:
+    """Any of turbolm's errors with its status."""
+    if isinstance(error, ApiError):
+        return error
+    text = str(error)
+    if isinstance(error, ContextOverflowError):
+        return ApiError(400, text, parameter=error.parameter, code="context_length_exceeded")
+    if isinstance(error, RequestError):
+        return ApiError(400, text, parameter=error.parameter)
+    if isinstance(error, TemplateError):
+        return ApiError(400, text, parameter="messages")
+    if isinstance(error, CapacityError):
+        return busy(text)
+    if isinstance(error, UserError):
+        return ApiError(400, text)
+    return ApiError(500, text, kind="server_error", code="engine_error")
+
+
+def busy(text: str) -> ApiError:
+    return ApiError(
+        429, text, kind="rate_limit_error", code="server_busy", headers={"Retry-After": str(RETRY_SECONDS)}
+    )
+
+
+def closing() -> ApiError:
+    return ApiError(
+        503,
+        "the server is shutting down",
+        kind="server_error",
+        code="shutting_down",
+        headers={"Retry-After": str(RETRY_SECONDS), "Connection": "close"},
+    )
+
+
+def timed_out(seconds: float) -> ApiError:
+    """`x-should-retry` tells OpenAI's clients not to send again what takes too long."""
+    text = f"the request was not done within the server's request_timeout of {seconds:g} s: ask for less at once"
+    return ApiError(504, text, kind="server_error", code="timeout", headers={"x-should-retry": "false"})
+
+
+def internal() -> ApiError:
+    """For bugs: the log has the details."""
+    return ApiError(500, "internal error; the server's log has the details", kind="server_error", code="internal")

@@ -1,0 +1,1 @@
+"""The chat page: `turbolm ui`. Needs the extra `ui` (Gradio)."""

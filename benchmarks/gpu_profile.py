@@ -73,6 +73,7 @@ class Decoding:
         self._streams = streams
         deliver = timed("deliver", self._deliver, self.calls)
         self._engine = Engine(Timed(model.scheduler, self.calls), Timed(model.runner, self.calls), deliver)  # type: ignore[arg-type]
+        self._engine.wait_until_warm()
         rng = np.random.default_rng([streams, context])
         params = SamplingParams(max_tokens=num_tokens, temperature=temperature, ignore_eos=True)
         prompts = rng.integers(0, model.vocab_size, (streams, context)).tolist()

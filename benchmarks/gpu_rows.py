@@ -210,11 +210,25 @@ def sample_cases() -> Iterator[Case]:
 def check_draws(
     draw: Callable[[Tensor], Tensor], logits: Tensor, columns: tuple[Tensor, ...], uniform: Tensor
 ) -> float:
-    """How far the uniform number must be moved, in 2e-6, for the reference to draw the same."""
-    tokens = draw(uniform)
-    moved = ((uniform + e).clamp(0, 1 - 2**-53) for e in (-2e-6, 2e-6))
-    low, high = (sampling_reference.sample(logits, *columns, u) for u in moved)
-    return 0.0 if bool(((low <= tokens) & (tokens <= high)).all()) else torch.inf
+    """How far the uniform number must be moved, in 2e-6, for the definition in float64 to draw the same, if top_p
+    may be moved by 1e-6 of itself: of nearly equal tokens, which is the last kept is a matter of rounding."""
+    temperature, top_k, top_p, min_p = (column.double() for column in columns)
+    tokens = draw(uniform).long().unsqueeze(1)
+    if not temperature.any():
+        return 0.0 if torch.equal(tokens[:, 0], logits.argmax(-1)) else torch.inf
+    probs = torch.softmax(logits.double() / temperature.unsqueeze(1), -1)
+    best = probs.sort(-1, descending=True).values
+    least = torch.full_like(uniform, torch.inf)
+    for shift in (-1e-6, 0.0, 1e-6):
+        moved = torch.where(top_p < 1, top_p * (1 + shift), 1.0)
+        cutoff = torch.maximum(sampling_reference._top_k_top_p(best, top_k, moved), min_p * best[:, 0])
+        kept = torch.where(probs >= cutoff.unsqueeze(1), probs, 0.0)
+        own = kept.gather(1, tokens).squeeze(1)
+        kept = kept.cumsum(-1)
+        until, whole = kept.gather(1, tokens).squeeze(1), kept[:, -1]
+        distance = torch.maximum((until - own) / whole - uniform, uniform - until / whole).clamp_min(0)
+        least = torch.minimum(least, torch.where(own > 0, distance, torch.inf))
+    return float(least.max()) / 2e-6
 
 
 def graph_seconds(call: Callable[[], object]) -> float:

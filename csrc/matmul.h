@@ -101,7 +101,7 @@ static inline int64_t bf16_row_bytes(int64_t k) { return (k + 31) / 32 * 64; }
 extern const MatmulKernels matmul_generic, matmul_avx2, matmul_avxvnni, matmul_avx512, matmul_avx512vnni, matmul_neon;
 // For min_tile_rows rows and more, quantized formats alone: the same results as matmul_avx512vnni.
 extern const MatmulKernels matmul_amx;
-constexpr int64_t min_tile_rows = 8;
+constexpr int64_t min_tile_rows = 32;  // fewer are faster without (docs/log.md)
 extern const Bf16Kernels bf16_avx512, bf16_amx;
 
 }  // namespace turbolm

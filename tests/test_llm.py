@@ -53,6 +53,14 @@ def test_generate_keeps_the_order_of_prompts(null: LLM) -> None:
     assert null.stats.num_used_blocks == 0
 
 
+def test_each_prompt_may_have_its_own_params(null: LLM) -> None:
+    own = [SamplingParams(temperature=0, max_tokens=n) for n in (3, 1, 7)]
+    found = null.generate(["a", "b", "c"], own)
+    assert [len(c.outputs[0].token_ids) for c in found] == [3, 1, 7]
+    with pytest.raises(RequestError, match="2 sampling parameters for 3 prompts"):
+        null.generate(["a", "b", "c"], own[:2])
+
+
 def test_stream_is_the_answer_in_pieces(null: LLM) -> None:
     deltas = list(null.stream("hello", GREEDY))
     assert len(deltas) > 1

@@ -29,6 +29,8 @@ T = TypeVar("T")
 Message = Mapping[str, Any]
 #: One text, one list of token ids, or several of either.
 Texts = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
+#: For all prompts, or one for each; None: what the checkpoint recommends.
+Params = SamplingParams | Sequence[SamplingParams] | None
 
 
 class _Route:
@@ -324,16 +326,16 @@ class LLM:
     def default_params(self) -> SamplingParams:
         return self._llm.default_params
 
-    def generate(self, prompts: Texts, params: SamplingParams | None = None) -> list[Completion]:
-        """Continue one prompt (a text, or token ids) or each of several; results in the order of the prompts. A bad
-        request raises before anything runs; one that fails later has an output with `error`, and
-        doesn't touch the others."""
+    def generate(self, prompts: Texts, params: Params = None) -> list[Completion]:
+        """Continue one prompt (a text, or token ids) or each of several; results in the order of the prompts.
+        `params`: for all of them, or one for each. A bad request raises before anything runs; one that fails
+        later has an output with `error`, and doesn't touch the others."""
         return self._complete([self._llm._plain(prompt) for prompt in _listed(prompts)], params)
 
     def chat(
         self,
         conversations: Sequence[Message] | Sequence[Sequence[Message]],
-        params: SamplingParams | None = None,
+        params: Params = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[Completion]:
@@ -415,9 +417,14 @@ class LLM:
         if self._loop.is_closed():
             raise EngineError("this model was closed; load it again")
 
-    def _complete(self, prompts: Sequence[_Prompt], params: SamplingParams | None) -> list[Completion]:
+    def _complete(self, prompts: Sequence[_Prompt], params: Params) -> list[Completion]:
         self._check_open()
-        streams = [self._llm._submit(prompt, params, deltas=False) for prompt in prompts]
+        given = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
+        if len(given) != len(prompts):
+            raise RequestError(
+                f"{len(given)} sampling parameters for {len(prompts)} prompts: give one for each, or one for all", "params"
+            )
+        streams = [self._llm._submit(prompt, own, deltas=False) for prompt, own in zip(prompts, given, strict=True)]
         with _count_bar("generating", len(prompts), self._show) as advance:
 
             async def one(prompt: _Prompt, stream: AsyncIterator[Output]) -> Completion:

@@ -26,6 +26,7 @@ app = App(
 )
 app.command("turbolm.cli.chat:chat", name="chat", help="Talk to a model in the terminal, or answer one prompt.")
 app.command("turbolm.cli.ui:ui", name="ui", help="Chat with a model, or a server's, in the browser.")
+app.command("turbolm.cli.serve:serve", name="serve", help="Serve a model over HTTP, with OpenAI's API.")
 app.command("turbolm.cli.models:app", name="models", help="List, fetch and delete models.")
 app.command(
     "turbolm.bench.commands:app", name="bench", help="Time this machine: a model's tokens per second, the kernels."

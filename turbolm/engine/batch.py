@@ -33,7 +33,13 @@ class StepArrays(NamedTuple):
     def batch(self, tensor: Callable[[Ints], Tensor]) -> Batch:
         """As tensors, made by `tensor`."""
         return Batch(
-            *(tensor(array) for array in self[:7]),
+            token_ids=tensor(self.token_ids),
+            positions=tensor(self.positions),
+            slots=tensor(self.slots),
+            query_start=tensor(self.query_start),
+            context_lens=tensor(self.context_lens),
+            block_tables=tensor(self.block_tables),
+            logit_rows=tensor(self.logit_rows),
             num_tokens=len(self.token_ids),
             num_sequences=len(self.context_lens),
             max_query=self.max_query,

@@ -18,12 +18,15 @@ from turbolm.engine.batch import Ints, StepArrays, lay_out
 from turbolm.engine.graph import DecodeGraphs, Forward, Limits
 from turbolm.engine.randomness import uniform
 from turbolm.engine.runner import Completed, compute_results, logit_rows_of, no_distribution
-from turbolm.engine.sampler import Sampler, SampleRows
+from turbolm.engine.sampler import Sampler
 from turbolm.engine.sequence_table import SequenceTable
 from turbolm.engine.step import ScheduledSequence, Step, StepResult
 from turbolm.types import Batch, Sequence
 
 _NUM_BUFFERS = 4  # pinned buffers in turn: more than steps that may be in flight
+
+#: `DeviceOps.sample`.
+SampleOnDevice = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool], Tensor]
 
 #: Replaces, in place, each id below 0 of the first tensor by the entry -1 - id of the second.
 ResolveTokens = Callable[[Tensor, Tensor], None]
@@ -42,7 +45,7 @@ class DeviceRunner:
         block_size: int,
         device: torch.device,
         vocab_size: int,
-        sample_rows: SampleRows,
+        sample_rows: SampleOnDevice,
         resolve_tokens: ResolveTokens,
     ) -> None:
         """`sample_rows`: on the device, without waiting for it. `vocab_size`: tokens that may be chosen."""
@@ -145,7 +148,8 @@ class DeviceRunner:
         columns.top_p[:] = table.top_p[rows]
         columns.min_p[:] = table.min_p[rows]
         columns.top_k[:] = table.top_k[rows]
-        return self._sample_rows(logits_rv, *columns.upload(self._device))
+        has_filters = bool(table.has_filters[rows].any())
+        return self._sample_rows(logits_rv, *columns.upload(self._device), has_filters)
 
     def _remember(self, tokens_r: Tensor, items: tuple[ScheduledSequence, ...]) -> None:
         """Where each sampled token is, for the step that follows it."""
@@ -235,7 +239,7 @@ class _PinnedBuffers:
         host.copy_(tokens_r, non_blocking=True)
         if not self._on_gpu:
             return _Download(host, None)
-        done = torch.cuda.Event()
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
         return _Download(host, done)
 

@@ -93,7 +93,7 @@ def _largest_batch(limits: Limits) -> Batch:
 
 def graph_sizes(max_batch_size: int) -> list[int]:
     """Numbers of sequences that have a graph of their own; others are padded to the next one."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 512, 32), *range(512, max_batch_size, 64)]
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_batch_size, 32)]
     return [*(size for size in sizes if size < max_batch_size), max_batch_size]
 
 
@@ -109,7 +109,7 @@ class DecodeGraphs:
         self._sizes = graph_sizes(limits.max_batch_size)
         self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         size = limits.max_batch_size
         self._inputs = torch.zeros(self.input_length, dtype=torch.int32, device=device)
         self._counting = torch.arange(size + 1, dtype=torch.int32, device=device)

@@ -30,7 +30,8 @@ def uniform(keys_r: NDArray[np.uint64], positions_r: NDArray[np.int64]) -> NDArr
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z ^= z >> np.uint64(31)
-    return (z >> np.uint64(11)).astype(np.float64) * (1.0 / (1 << 53))
+    numbers: NDArray[np.float64] = (z >> np.uint64(11)).astype(np.float64) * (1.0 / (1 << 53))
+    return numbers
 
 
 def uniform_at(key: int, position: int) -> float:

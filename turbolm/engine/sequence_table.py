@@ -24,7 +24,8 @@ class SequenceTable:
         self.top_k = np.zeros(num_rows, np.int32)
         self.top_p = np.zeros(num_rows, np.float32)
         self.min_p = np.zeros(num_rows, np.float32)
-        self.is_plain = np.zeros(num_rows, np.bool_)
+        self.has_filters = np.zeros(num_rows, np.bool_)  # top-k, top-p or min-p
+        self.is_plain = np.zeros(num_rows, np.bool_)  # see `sampler.is_plain`
         self._rows: dict[Sequence, int] = {}
         self._blocks: list[list[int]] = [[] for _ in range(num_rows)]  # each row's list, as last seen …
         self._num_blocks = [0] * num_rows  # … and how much of it is in the table
@@ -63,6 +64,7 @@ class SequenceTable:
         self.top_k[row] = min(params.top_k, np.iinfo(np.int32).max)
         self.top_p[row] = params.top_p
         self.min_p[row] = params.min_p
+        self.has_filters[row] = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
         self.is_plain[row] = is_plain(request) and params.prompt_logprobs is None
         self._num_blocks[row] = 0
         return row

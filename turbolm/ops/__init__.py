@@ -154,8 +154,10 @@ class DeviceOps(Ops, Protocol):
         top_p_r: Tensor,
         min_p_r: Tensor,
         uniform_r: Tensor,
+        has_filters: bool,
     ) -> Tensor:
-        """int32 [r] token ids, as `ops.sampling.sample` chooses them."""
+        """int32 [r] token ids, as `ops.sampling.sample` chooses them. `has_filters`: some row has top-k, top-p
+        or min-p."""
 
     def resolve_tokens(self, token_ids_t: Tensor, previous_r: Tensor) -> None:
         """Replace, in place, each id below 0 by the entry -1 - id of what an earlier step sampled (by 0

@@ -20,7 +20,7 @@ _MAX_SHOWN = 80  # characters of a bad value in a message
 
 
 async def read_body(request: Request, form: type[Parsed], limit: int) -> tuple[Parsed, bytes]:
-    """The body as a `form`, and as it came. Raises ApiError: 400 malformed, 408 too slow, 413 too large, 415 not JSON."""
+    """The body as a `form`, and as it came. Raises ApiError: malformed, too slow, too large, or not JSON."""
     content_type = request.headers.get("content-type", "")
     if content_type.partition(";")[0].strip().lower() not in ("application/json", ""):
         raise ApiError(415, f"the body must be JSON: send Content-Type: application/json, not {content_type[:80]!r}")

@@ -88,7 +88,11 @@ class ChatFormat:
         text = answer.text
         if text and not answer.calls:
             reasoning = answer.reasoning
-            return f'"reasoning_content":{quote(reasoning)},"content":{quote(text)}' if reasoning else f'"content":{quote(text)}'
+            return (
+                f'"reasoning_content":{quote(reasoning)},"content":{quote(text)}'
+                if reasoning
+                else f'"content":{quote(text)}'
+            )
         fields = []
         if reasoning := answer.reasoning:
             fields.append(f'"reasoning_content":{quote(reasoning)}')

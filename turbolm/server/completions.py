@@ -110,7 +110,9 @@ async def complete(request: Request) -> Response:
         more["prompt_logprobs"] = body.logprobs or 0
     params = body.sampling(service.llm.default_params, body.logprobs, **more)
     if body.best_of not in (None, params.n):
-        raise RequestError(f"best_of is {body.best_of}, and n {params.n}: turbolm returns every answer it makes", "best_of")
+        raise RequestError(
+            f"best_of is {body.best_of}, and n {params.n}: turbolm returns every answer it makes", "best_of"
+        )
     if len(prompts) * params.n > service.config.max_answers:
         raise RequestError(
             f"{len(prompts)} prompts with {params.n} answers each; this server allows {service.config.max_answers} "

@@ -79,9 +79,7 @@ def to_api_error(error: TurbolmError) -> ApiError:
 
 
 def busy(text: str) -> ApiError:
-    return ApiError(
-        429, text, kind="rate_limit_error", code="server_busy", headers={"Retry-After": str(RETRY_SECONDS)}
-    )
+    return ApiError(429, text, kind="rate_limit_error", code="server_busy", headers={"Retry-After": str(RETRY_SECONDS)})
 
 
 def closing() -> ApiError:

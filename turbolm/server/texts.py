@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import math
+from collections.abc import Coroutine
+from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from turbolm.errors import RequestError
+from turbolm.server.answer import finite
 from turbolm.server.body import read_body
-from turbolm.server.failures import JsonResponse
+from turbolm.server.failures import JsonResponse, timed_out
 from turbolm.server.schema import DetokenizeBody, ScoreBody, TokenizeBody
 from turbolm.server.service import Service
+from turbolm.types import Score
 
 
 async def models(request: Request) -> Response:
@@ -73,14 +78,44 @@ async def score(request: Request) -> Response:
     service.check_model(body.model)
     if isinstance(body.text, str) and body.window is None:
         service.check_length(len(body.text), "text")
-    tokens = await service.encode_long(body.text)
-    scored = await service.watched(request, service.llm.score(tokens, window=body.window))
+    tokens = (
+        body.text if isinstance(body.text, list) else await asyncio.to_thread(service.llm.tokenizer.encode, body.text)
+    )
+    scored = await _while_connected(request, service.llm.score(tokens, window=body.window), service)
+    log_likelihood = finite(scored.log_likelihood)
+    mean = -log_likelihood / max(scored.num_scored, 1)
     found: dict[str, object] = {
-        "log_likelihood": scored.log_likelihood,
-        "perplexity": scored.perplexity if scored.num_scored else None,
+        "log_likelihood": log_likelihood,
+        "perplexity": math.exp(mean) if scored.num_scored and mean < 700 else None,
         "num_scored": scored.num_scored,
         "num_tokens": len(tokens),
     }
     if body.return_logprobs:
-        found |= {"tokens": scored.token_ids, "logprobs": scored.logprobs}
+        found |= {
+            "tokens": scored.token_ids,
+            "logprobs": [None if value is None else finite(value) for value in scored.logprobs],
+        }
     return JsonResponse(found)
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, Score], service: Service) -> Score:
+    """The result of `work`, which ends with the connection, or with the time that a request may take."""
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_hang_up(request))
+    limit = service.config.request_timeout
+    try:
+        await asyncio.wait({task, gone}, timeout=limit or None, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        if gone.done():
+            raise ClientDisconnect
+        raise timed_out(limit)
+    finally:
+        for pending in (task, gone):
+            pending.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _hang_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

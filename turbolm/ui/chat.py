@@ -15,7 +15,7 @@ from turbolm.ui import controls
 from turbolm.ui.history import Row, answer_rows, note, to_messages
 
 _log = logging.getLogger("turbolm.ui")
-_INTERVAL = 0.05  # seconds between two looks at what has come
+_INTERVAL = 0.1  # seconds between two looks at what has come
 _TICK = 1.0  # seconds after which the page hears of us though nothing came: that is how we learn that it's gone
 _REMEDY = "clear the chat to begin anew"
 
@@ -39,7 +39,7 @@ class Chat:
     async def answer(
         self, rows: Sequence[Row], system: str, values: Sequence[object]
     ) -> AsyncIterator[tuple[list[Row], str]]:
-        """Answers the last row. Yields all rows and a line about the answer, some 20 times a second while
+        """Answers the last row. Yields all rows and a line about the answer, at most 10 times a second while
         there is news; `values` as `form()` orders them. Closing the iterator cancels the request.
         An error is a row, not an exception."""
         answer = Answer()

@@ -28,11 +28,11 @@ def build_page(chat: Chat, system: str = "") -> gr.Blocks:
             prompt = gr.Textbox(
                 system, label="system prompt", info="Said to the model before the conversation.", lines=3, max_lines=12
             )
-            gr.Markdown("**Sampling.** What is left empty is as the model recommends.")
+            gr.Markdown("**Sampling.** What is left empty is as the model recommends (in grey).")
             fields = [_field(control) for control in chat.form()]
         chatbot = gr.Chatbot(
             label=name, height="70vh", scale=1, editable="user", layout="bubble", buttons=["copy", "copy_all"],
-            latex_delimiters=_LATEX, feedback_options=None, allow_tags=False, reasoning_tags=[("<think>", "</think>")],
+            latex_delimiters=_LATEX, feedback_options=None, reasoning_tags=[("<think>", "</think>")],
             placeholder=f"### {name}\nAsk it something.", allow_file_downloads=False,
         )  # fmt: skip
         status = gr.Markdown("", container=False, elem_id="status")

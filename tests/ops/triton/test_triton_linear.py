@@ -94,12 +94,18 @@ def test_gated(activation: str, features: int) -> None:
     assert_rounded(linear_gated(x, w, activation), expected)
 
 
-@pytest.mark.parametrize("n", [1280, 1300, 1296])
-def test_programs_that_go_on_over_tiles(n: int) -> None:
-    x, w = random(20, 72, seed=10), random(n, 72, seed=11)
-    plan = plan_wide(20, n, 72, Output.FLOATS, 4)
+@pytest.mark.parametrize(("n", "output"), [(1280, Output.FLOATS), (1300, Output.ELEMENTS), (2592, Output.GATED)])
+def test_programs_that_go_on_over_tiles(n: int, output: Output) -> None:
+    x, w = random(20, 72, seed=10), random(n, 72, seed=11) * 0.2
+    plan = plan_wide(20, n, 72, output, 4)
     assert plan is not None and plan.persistent
-    assert_rounded(linear_logits(x, w), product(x, w))
+    out = torch.empty(20, n, dtype=torch.float32 if output is Output.FLOATS else x.dtype, device=DEVICE)
+    expected = product(x, w)
+    if output is Output.GATED:
+        out = out[:, : n // 2].contiguous()
+        expected = F.silu(expected[:, : n // 2]) * expected[:, n // 2 :]
+    run(plan, output, x, w, None, out)
+    assert_rounded(out, expected)
 
 
 def test_logits_into_given_memory() -> None:

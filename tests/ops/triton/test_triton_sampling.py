@@ -192,28 +192,64 @@ def test_banned_tokens_are_never_drawn(filtered: tuple[float, int, float, float]
     assert tokens.tolist() == [1020, 1025, 1029]
 
 
-def test_candidates_are_few() -> None:
-    """The filters' border is looked for among a small part of the row, which holds all that they keep."""
-    rows = [(1.0, 50, 1.0, 0.0), (1.0, 0, 0.9, 0.0), (1.0, 0, 1.0, 0.05), PLAIN, (1.0, 0, 1 - 2**-24, 0.0)]
-    logits = logits_of(1, 6000, 3.0, 1).expand(len(rows), -1).contiguous()
-    temperature, top_k, top_p, min_p, _ = columns(rows, torch.zeros(len(rows)))
-    groups = logits.new_full((len(rows), 6, 1024), -torch.inf)
-    groups.view(len(rows), -1)[:, :6000] = logits
-    maxima = groups.amax(-1)
-    distance = ((maxima * 4).floor().unsqueeze(-1) - (groups * 4).floor()).clamp(max=filters.BINS.value - 1)
-    counts = torch.nn.functional.one_hot(distance.long(), filters.BINS.value).sum(2, dtype=torch.int32)
-    sums = (groups - maxima.unsqueeze(-1)).exp().sum(-1)
-    values, ids, num = filters.candidates(logits, temperature, top_k, top_p, min_p, maxima, sums, counts)
-    probs = torch.softmax(logits[0], -1)
-    kept = [
-        50,
-        int((probs.sort(descending=True).values.cumsum(0) < 0.9).sum()) + 1,
-        int((probs >= 0.05 * probs.max()).sum()),
+LONG = 20_000  # more than a row's list takes
+
+
+@pytest.mark.parametrize(
+    ("row", "spread"),
+    [
+        ((1.0, 0, 0.9, 0.0), 0.5),
+        ((20.0, 0, 0.4, 0.3), 1.0),
+        ((1.0, 9000, 1.0, 0.0), 1.0),
+        ((1.0, 9000, 0.5, 0.0), 1.0),
+        ((1.0, 150, 0.5, 0.1), 1.0),
+    ],
+)
+def test_long_flat_rows(row: tuple[float, int, float, float], spread: float) -> None:
+    """Passes over the row bring the border's neighbours down to a list."""
+    logits = logits_of(2, LONG, spread, 5)
+    assert_drawn_as_defined(logits, columns([row] * 2, torch.tensor([0.2, 0.9])))
+
+
+@pytest.mark.parametrize("row", [(1.0, 0, 0.7, 0.0), (1.0, 12_000, 1.0, 0.0), (1.0, 12_000, 0.7, 0.0)])
+def test_more_neighbours_of_the_border_than_a_list_takes(row: tuple[float, int, float, float]) -> None:
+    logits = (logits_of(2, LONG, 1.0, 6) > 0).float() * 1e-6
+    logits[:, ::1000] = 1.0
+    assert_drawn_as_defined(logits, columns([row] * 2, torch.tensor([0.2, 0.9])))
+
+
+def test_brackets_enclose_the_border_and_little_else() -> None:
+    rows = [
+        (1.0, 50, 1.0, 0.0),
+        (1.0, 0, 0.9, 0.0),
+        (9.0, 0, 0.9, 0.0),
+        (1.0, 9000, 1.0, 0.0),
+        (1.0, 40, 0.9, 0.0),
+        (1.0, 0, 1.0, 0.05),
+        PLAIN,
     ]
-    assert num.tolist()[3:] == [-1, -1]
-    for row, (count, needed) in enumerate(zip(num.tolist(), kept, strict=False)):
-        assert needed <= count <= 3 * needed + 20
-        listed = ids[row, :count].long()
-        assert torch.equal(listed, listed.sort().values)
-        assert torch.equal(values[row, :count], logits[0, listed])
-        assert bool((logits[0].topk(count).values[-1] <= values[row, :count]).all())
+    logits = logits_of(1, LONG, 3.0, 1).expand(len(rows), -1).contiguous()
+    temperature, top_k, top_p, min_p, _ = columns(rows, torch.zeros(len(rows)))
+    groups = logits.new_full((len(rows), -(-LONG // 1024), 1024), -torch.inf)
+    groups.view(len(rows), -1)[:, :LONG] = logits
+    maxima = groups.amax(-1)
+    minima = torch.where(groups == -torch.inf, torch.inf, groups).amin(-1)
+    sums = ((groups - maxima.unsqueeze(-1)) / temperature.view(-1, 1, 1)).exp().sum(-1)
+    peaks = groups.unflatten(-1, (filters.PEAKS.value, -1)).amax(-1)
+    found = filters.bracket(logits, (temperature, top_k, top_p, min_p), maxima, minima, sums, peaks)
+    keys = found.brackets[:, :2]
+    low, high = (keys ^ ((keys >> 31) & 0x7FFFFFFF)).view(torch.float32).unsqueeze(-1).unbind(1)
+    weights = ((logits - logits.amax(-1, keepdim=True)) / temperature.unsqueeze(1)).exp()
+    kept_by_p = [int((row.sort(descending=True).values.cumsum(0) < 0.9 * row.sum()).sum()) + 1 for row in weights]
+    kept = [50, kept_by_p[1], kept_by_p[2], 9000, 40, int((weights[5] >= 0.05).sum())]
+    for i, needed in enumerate(kept):
+        enclosed = (logits[i] > low[i]) & (logits[i] <= high[i])
+        assert int((logits[i] > high[i]).sum()) <= needed <= int((logits[i] > low[i]).sum())
+        assert found.num_listed[i] == enclosed.sum() <= min(filters.CAPACITY.value, 3 * needed)
+        listed, order = found.ids[i, : found.num_listed[i]].long().sort()
+        assert torch.equal(listed, enclosed.nonzero().squeeze(1))
+        assert torch.equal(found.values[i, : len(listed)][order], logits[i, listed])
+        surely = torch.where((logits[i] > high[i]) & (weights[i] >= min_p[i]), weights[i], 0.0)
+        torch.testing.assert_close(found.kept[i].sum(), surely.sum(), rtol=1e-5, atol=1e-5)
+    assert found.num_listed[5] == 0, "min-p alone needs no search"
+    assert found.brackets[6, 2] == -1

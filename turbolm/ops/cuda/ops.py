@@ -73,7 +73,7 @@ class CudaOps:
         self._logits: Tensor | None = None  # [rows, v], for all steps
         self._uploader: Uploader | None = None  # while weights are loaded
 
-    def prepare_linear(self, weights: list[Weight], bias: Tensor | None) -> DenseLinear:
+    def prepare_linear(self, weights: list[Weight], bias: Tensor | None) -> PreparedLinear:
         num_rows, in_features = sum(w.shape[0] for w in weights), weights[0].shape[1]
         stacked = torch.empty(num_rows, in_features, dtype=self.dtype, device=self.device)
         row = 0
@@ -94,7 +94,7 @@ class CudaOps:
         supports = small.supports(num_rows, weight.out_features, weight.in_features, self.dtype)
         return num_rows <= limit and supports
 
-    def prepare_embedding(self, weight: Weight) -> DenseLinear:
+    def prepare_embedding(self, weight: Weight) -> PreparedLinear:
         return self.prepare_linear([weight], None)
 
     def embedding(self, token_ids_t: Tensor, table: PreparedLinear, scale: float = 1.0) -> Tensor:
@@ -175,8 +175,9 @@ class CudaOps:
         top_p_r: Tensor,
         min_p_r: Tensor,
         uniform_r: Tensor,
+        has_filters: bool,
     ) -> Tensor:
-        return sampling.sample(logits_rv, temperature_r, top_k_r, top_p_r, min_p_r, uniform_r)
+        return sampling.sample(logits_rv, temperature_r, top_k_r, top_p_r, min_p_r, uniform_r, has_filters=has_filters)
 
     def resolve_tokens(self, token_ids_t: Tensor, previous_r: Tensor) -> None:
         rows.resolve_tokens(token_ids_t, previous_r)

@@ -22,11 +22,11 @@ class Uploader:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "turbolm-upload")
         self._buffers: queue.SimpleQueue[tuple[Tensor, torch.cuda.Event]] = queue.SimpleQueue()
         for _ in range(_NUM_BUFFERS):
-            self._buffers.put((torch.empty(_CHUNK, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()))
+            self._buffers.put((torch.empty(_CHUNK, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()))  # type: ignore[no-untyped-call]
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Contiguous, of one dtype and shape: `source` on the host, `target` on the device. `target` may be

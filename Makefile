@@ -8,16 +8,23 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*.cp
 
 export PROMPT MODEL
 
-.PHONY: help chat test lint bench doctor clean
+.PHONY: help chat ui test test-browser lint bench doctor clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
 chat: $(VENV)/.installed  ## chat with MODEL (default: a small one, fetched once); PROMPT="..." asks one question
 	@$(BIN)/turbolm chat $${MODEL:+"$$MODEL"} $${PROMPT:+--prompt "$$PROMPT"}
 
+ui: $(VENV)/.ui-installed  ## chat with MODEL (or a server's http:// address) in the browser
+	@$(BIN)/turbolm ui $${MODEL:+"$$MODEL"} $(ARGS)
+
 test: $(VENV)/.test-installed  ## run every test
 	$(BIN)/python -m pytest $(ARGS)
+
+test-browser: $(VENV)/.test-installed  ## the chat page in headless Chromium, which has to be there already
+	$(PIP_INSTALL) 'playwright>=1.50'
+	$(BIN)/python -m pytest tests/ui/browser_chat.py $(ARGS)
 
 lint: $(VENV)/.lint-installed  ## ruff, and mypy --strict on the package
 	$(BIN)/ruff check .
@@ -40,6 +47,10 @@ $(VENV)/bin/pip:
 $(VENV)/.installed: $(VENV)/bin/pip $(SOURCES)
 	@echo "installing turbolm and what it needs into $(VENV) (once)" >&2
 	@$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.ui-installed: $(VENV)/.installed
+	@$(PIP_INSTALL) --editable '.[ui]'
 	@touch $@
 
 $(VENV)/.test-installed: $(VENV)/.installed

@@ -232,10 +232,11 @@ def quick_alternatives(rule: DecodePlan) -> list[DecodePlan]:
         replace(rule, least=4),
         replace(rule, least=16),
         replace(rule, programs=2 * sms),
-        replace(rule, num_stages=2, programs=4 * sms),
-        replace(rule, tile=32, num_stages=4, programs=4 * sms),
+        replace(rule, num_stages=2, programs=4 * sms, registers=128),
+        replace(rule, tile=32, num_stages=4, programs=4 * sms, registers=128),
     ]
-    return [*plans, *(replace(plan, flat=True) for plan in (rule, *plans))]
+    flat = [replace(plan, flat=True, registers=plan.registers or 168) for plan in (rule, *plans)]
+    return [*plans, *flat]
 
 
 def alternatives_of(rule: DecodePlan) -> list[DecodePlan]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PAGES = {"README.md": "en", "README.zh-CN.md": "zh", "docs/benchmarks.md": "en"}
+PAGES = {"README.md": "en", "README.zh-CN.md": "zh", "docs/benchmarks.md": "en", "docs/cpu_benchmarks.md": "en"}
 WORDS = {
     "en": {
         "workload": "tokens per second", "ratio": "ratio", "on": "on", "cores": "cores", "row": "workload",
@@ -129,7 +129,6 @@ def gpu_peers(model: str) -> str:
 
 GPU_MODELS = ("llama-3-8b", "llama-2-7b-awq", "qwen3-0.6b")
 TABLES = {
-    "llamacpp-smollm2": lambda language: comparison("cpu_vs_llamacpp_smollm2", "llama.cpp", language),
     "llamacpp": lambda _: against_llamacpp(),
     "cpu-context": lambda _: cpu_context(),
     "cpu-start": lambda _: cpu_start(),

@@ -55,7 +55,7 @@ def parse(data: bytes, form: type[Parsed]) -> Parsed:
         return form.model_validate_json(data)
     except ValidationError as error:
         details = error.errors(include_url=False, include_context=True, include_input=True)
-        raise _refusal(form, details[0]) from None  # type: ignore[arg-type]
+        raise _refusal(form, details[0]) from None
 
 
 def _refusal(form: type[BaseModel], detail: Mapping[str, Any]) -> ApiError:

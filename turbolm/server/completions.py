@@ -140,7 +140,7 @@ async def complete(request: Request) -> Response:
 def _prompts(body: CompletionBody) -> list[Prompt]:
     given = body.prompt
     if isinstance(given, str) or (given and isinstance(given[0], int)):
-        return [cast(Prompt, given)]
+        return [given]
     if not given:
         raise RequestError("prompt is empty: give at least one text or list of token ids", "prompt")
     return list(cast("list[Prompt]", given))

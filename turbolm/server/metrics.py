@@ -60,7 +60,7 @@ class Metrics:
         self.prompt_length = Histogram(_TOKENS)
         self.answer_length = Histogram(_TOKENS)
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(self)  # type: ignore[arg-type]
+        self._registry.register(self)
 
     def text(self) -> bytes:
         """Prometheus's text format."""

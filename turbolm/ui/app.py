@@ -88,10 +88,11 @@ def create_app(chat: Chat, *, users: Mapping[str, str] | None = None, system: st
 
     app = FastAPI(lifespan=closing_engine, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Guard)
-    return gr.mount_gradio_app(
+    gr.mount_gradio_app(
         app, build_page(chat, system), path="/", auth=knows if users else None, show_error=False, footer_links=[],
         run_history=False, ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False, max_file_size=1,
     )  # fmt: skip
+    return app
 
 
 def listen(host: str, port: int) -> socket.socket:

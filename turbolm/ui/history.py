@@ -1,7 +1,8 @@
 """A conversation as the page holds it: rows of Gradio's chatbot, from and to what engines know.
 
-A row is `{"role", "content", "metadata"}`. Rows with a title (reasoning, tool calls) are shown folded.
-They and notes (errors, stops) are no part of what the model reads.
+A row is `{"role", "content", "metadata"}`; its content is a list of pieces, since Gradio dedents a bare
+string. Rows with a title (reasoning, tool calls) are shown folded. They and notes (errors, stops) are no
+part of what the model reads.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ def to_messages(rows: Sequence[Mapping[str, Any]], system: str = "") -> list[dic
 
 
 def question(text: str) -> Row:
-    return {"role": "user", "content": text}
+    return _row("user", text)
 
 
 def note(title: str, text: str = "") -> Row:
     """A row about the conversation, not of it: an error, a stop."""
-    return {"role": "assistant", "content": f"**{title}** {html.escape(text)}", "metadata": {"id": _NOTE}}
+    return _row("assistant", f"**{title}** {html.escape(text)}", id=_NOTE)
 
 
 def answer_rows(parts: Iterable[Part], seconds: float, is_over: bool) -> list[Row]:
@@ -63,14 +64,14 @@ def answer_rows(parts: Iterable[Part], seconds: float, is_over: bool) -> list[Ro
     for position, part in enumerate(items):
         if isinstance(part, TextPart):
             if part.text.strip():
-                rows.append({"role": "assistant", "content": part.text})
+                rows.append(_row("assistant", part.text))
         elif isinstance(part, ReasoningPart):
             is_growing = position == len(items) - 1 and not is_over
             if part.text.strip():
                 rows.append(_reasoning(part.text, seconds, is_growing))
         else:
-            metadata = {"title": f"Calls {part.name or 'a tool'}", "status": "done"}
-            rows.append({"role": "assistant", "content": f"```json\n{part.arguments}\n```", "metadata": metadata})
+            call = f"```json\n{part.arguments}\n```"
+            rows.append(_row("assistant", call, title=f"Calls {part.name or 'a tool'}", status="done"))
     return rows
 
 
@@ -86,8 +87,10 @@ def settled(rows: Sequence[Row]) -> list[Row]:
 
 
 def _reasoning(text: str, seconds: float, is_growing: bool) -> Row:
-    metadata: dict[str, Any] = {"title": "Thinking" if is_growing else "Thoughts"}
-    metadata["status"] = "pending" if is_growing else "done"
-    if not is_growing:
-        metadata["duration"] = round(seconds, 1)
-    return {"role": "assistant", "content": text, "metadata": metadata}
+    if is_growing:
+        return _row("assistant", text, title="Thinking", status="pending")
+    return _row("assistant", text, title="Thoughts", status="done", duration=round(seconds, 1))
+
+
+def _row(role: str, text: str, **metadata: object) -> Row:
+    return {"role": role, "content": [{"type": "text", "text": text}], "metadata": metadata or None}

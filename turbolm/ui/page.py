@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import AsyncIterator, Callable
+from pathlib import PurePath
 from typing import Any
 
 import gradio as gr
@@ -22,8 +23,10 @@ _LATEX: list[dict[str, str | bool]] = [
 
 def build_page(chat: Chat, system: str = "") -> gr.Blocks:
     """The page for `chat`; `system` stands in the field for the system prompt at first."""
-    name = html.escape(chat.engine.model_name)
-    with gr.Blocks(title=f"{chat.engine.model_name} · turbolm", analytics_enabled=False, fill_height=True) as page:
+    model = PurePath(chat.engine.model_name).name  # a page doesn't tell where files lie
+    name = html.escape(model)
+    page = gr.Blocks(title=f"{model} · turbolm", analytics_enabled=False, fill_height=True)
+    with page:
         with gr.Sidebar(label="Settings", open=False, position="right", width=340):
             prompt = gr.Textbox(
                 system, label="system prompt", info="Said to the model before the conversation.", lines=3, max_lines=12
@@ -32,7 +35,7 @@ def build_page(chat: Chat, system: str = "") -> gr.Blocks:
             fields = [_field(control) for control in chat.form()]
         chatbot = gr.Chatbot(
             label=name, height="70vh", scale=1, editable="user", layout="bubble", buttons=["copy", "copy_all"],
-            latex_delimiters=_LATEX, feedback_options=None, reasoning_tags=[("<think>", "</think>")],
+            latex_delimiters=_LATEX, feedback_options=None,
             placeholder=f"### {name}\nAsk it something.", allow_file_downloads=False,
         )  # fmt: skip
         status = gr.Markdown("", container=False, elem_id="status")
@@ -69,13 +72,13 @@ def _wire(chat: Chat, chatbot: gr.Chatbot, status: gr.Markdown, box: gr.Textbox,
     ):
         listen: Callable[..., Any] = event
         asked = listen(change, inputs, [chatbot, box, status], **quick)
-        name = {"api_name": "answer"} if change is _send else {"api_visibility": "private"}
+        named = {"api_name": "answer"} if change is _send else {"api_visibility": "private"}
         answered = asked.success(
             answer,
             [chatbot, *settings],
             [chatbot, status],
             show_progress="hidden",
-            api_name=f"answer_{change.__name__[1:]}",
+            **named,
         )
         answered.then(_ready, None, box, **quick)
         answers.append(answered)
@@ -90,7 +93,7 @@ def _ready() -> gr.Textbox:
     return gr.Textbox(submit_btn=True, stop_btn=False, interactive=True)
 
 
-def _busy(**changes: object) -> gr.Textbox:
+def _busy(**changes: Any) -> gr.Textbox:
     return gr.Textbox(submit_btn=False, stop_btn=True, interactive=False, **changes)
 
 

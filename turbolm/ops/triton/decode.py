@@ -33,6 +33,7 @@ class DecodePlan:
     least: int = 8  # tiles of a share, unless all pairs have fewer
     snap: int = 4  # tiles that a cut moves at most
     flat: bool = False  # one pipeline of loads over all pairs of a share
+    registers: int | None = None  # of a thread, at most
 
 
 def plan_decode(spec: AttentionSpec, element_size: int, num_sms: int, shared_memory: int) -> DecodePlan:
@@ -261,7 +262,8 @@ def _decode_kernel(
                 begins = unit - tile >= first_unit
                 _finish(
                     peak, total, mixed, out, parts, stats, out_stride, starts, sequence, kv_head,
-                    2 * program + begins.to(tl.int32), begins & is_last, GROUP, QUERIES, V_DIM, ROWS, KEPT_ROWS, V_WIDTH,
+                    2 * program + begins.to(tl.int32), begins & is_last,
+                    GROUP, QUERIES, V_DIM, ROWS, KEPT_ROWS, V_WIDTH,
                 )  # fmt: skip
             kv_head = tl.where(is_last_head, 0, kv_head + is_last.to(tl.int32))
             sequence = next_sequence
@@ -336,7 +338,17 @@ def _decode_kernel(
                     tl.store(counter, 0)
                     result = _combine(parts, stats, first_program, count, KEPT_ROWS, V_WIDTH, CHUNK)
                     _store(
-                        result, out, out_stride, starts, divided_sequence, head, GROUP, QUERIES, V_DIM, KEPT_ROWS, V_WIDTH
+                        result,
+                        out,
+                        out_stride,
+                        starts,
+                        divided_sequence,
+                        head,
+                        GROUP,
+                        QUERIES,
+                        V_DIM,
+                        KEPT_ROWS,
+                        V_WIDTH,
                     )
 
 
@@ -372,6 +384,9 @@ def decode_attention(
     kept_rows, v_width = triton.next_power_of_2(group * queries), padded_dim(spec.v_head_dim)
     parts = torch.empty(2 * programs, kept_rows, v_width, dtype=torch.float32, device=out.device)
     stats = torch.empty(2 * programs, kept_rows, 2, dtype=torch.float32, device=out.device)
+    options: dict[str, int] = {"launch_pdl": True} if pdl else {}
+    if plan.registers:
+        options["maxnreg"] = plan.registers
     _decode_kernel[(programs,)](
         q_rows, cache.k, cache.v, block_tables, context_lens, starts, out, parts, stats, counters,
         q_rows.stride(0), cache.k.stride(0), cache.v.stride(0), block_tables.stride(0), out.stride(0),
@@ -380,5 +395,5 @@ def decode_attention(
         BLOCK_SIZE=cache.block_size, WINDOW=spec.window or 0, SOFTCAP=spec.softcap or 0.0, TILE=plan.tile,
         ROWS=max(16, kept_rows), KEPT_ROWS=kept_rows, WIDTH=padded_dim(spec.head_dim), V_WIDTH=v_width,
         SEQUENCES=padded_count(num_sequences), CHUNK=max(1, min(16, 8192 // (kept_rows * v_width))), FLAT=plan.flat,
-        PDL=pdl, num_warps=plan.num_warps, num_stages=plan.num_stages, **({"launch_pdl": True} if pdl else {}),
+        PDL=pdl, num_warps=plan.num_warps, num_stages=plan.num_stages, **options,
     )  # fmt: skip

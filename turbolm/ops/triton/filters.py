@@ -227,7 +227,7 @@ def _bracket_of(
     high = tl.load(brackets + 4 * row + 1)
     inside = tl.load(brackets + 4 * row + 2)
     num_above = tl.load(above + row)
-    if MEASURED:
+    if MEASURED:  # noqa: SIM102 - known to the compiler
         if inside > CAPACITY:
             chunk = tl.arange(0, CHUNKS)
             place = (row * num_chunks + chunk)[:, None] * _NUM_PIVOTS + tl.arange(0, _NUM_PIVOTS)[None, :]
@@ -271,7 +271,7 @@ def _pass_kernel(
     low, high, inside, num_above = _bracket_of(
         brackets, above, measures, targets, tops, k, p, inverse, row, num_chunks, CHUNKS, MEASURED
     )
-    if MEASURED:
+    if MEASURED:  # noqa: SIM102
         if chunk == 0:
             _store_bracket(next_brackets, next_above, row, low, high, inside, num_above)
     if inside > CAPACITY:
@@ -280,7 +280,10 @@ def _pass_kernel(
         weight = tl.where(k > 0, 1.0, tl.exp((x - tl.load(tops + row)) * inverse))
         pivot = tl.arange(0, _NUM_PIVOTS)
         pivots = _pivots_of(low, high)
-        measured = tl.sum(tl.where(x[None, :] > pivots[:, None], weight[None, :], 0.0), 1)
+        measured = tl.zeros((_NUM_PIVOTS,), tl.float32)
+        for i in tl.static_range(_NUM_PIVOTS):  # one by one: in two dimensions, x would go through shared memory
+            border = tl.sum(tl.where(pivot == i, pivots, 0.0), 0)
+            measured = tl.where(pivot == i, tl.sum(tl.where(x > border, weight, 0.0), 0), measured)
         tl.store(next_measures + (row * num_chunks + chunk) * _NUM_PIVOTS + pivot, measured)
 
 
@@ -368,7 +371,7 @@ def bracket(
         _pass_kernel[grid](
             logits_rv, *parameters, brackets[before], above[before], measures[before], targets, tops,
             brackets[index], above[index], measures[index], logits_rv.stride(0), vocab_size, num_chunks,
-            MEASURED=index > 0, num_warps=4, **options,
+            MEASURED=index > 0, num_warps=4, maxnreg=128, **options,
         )  # fmt: skip
     _list_kernel[grid](
         logits_rv, *parameters, maxima_rg, brackets[-2], above[-2], measures[-1], targets, tops, brackets[-1],

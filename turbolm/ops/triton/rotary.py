@@ -15,7 +15,7 @@ from torch import Tensor
 from turbolm.ops import AttentionSpec, LayerCache, RopeTable
 from turbolm.ops.triton.launch import await_inputs, layout_of_parts, load_sum, pdl_options
 
-_MANY_PROGRAMS = 4096  # about what a GPU runs at once: with more, programs of more heads cost less
+_MANY_PROGRAMS = 1024  # with more, programs of more heads cost less
 
 
 @triton.jit

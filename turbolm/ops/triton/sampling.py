@@ -104,8 +104,7 @@ def _draw(x_list, size, uniform, lowest, least_weight, top, inverse):
 
 
 @triton.jit
-def _choose_group(masses, group, num_groups, x_list, ids, size, low, high, least_weight, draw, top, inverse,
-                  HAS_IDS: tl.constexpr):  # fmt: skip
+def _choose_group(masses, group, num_groups, x_list, ids, has_ids, size, low, high, least_weight, draw, top, inverse):
     """The group of the drawn token, and a uniform number within it. Masses of groups in units, to which the list's
     logits in (low, high] of at least the least weight are added; without ids, a logit's place is its id."""
     position = tl.arange(0, _DRAW_TILE)
@@ -122,9 +121,8 @@ def _choose_group(masses, group, num_groups, x_list, ids, size, low, high, least
         for start in range(0, size, _DRAW_TILE):
             inside = start + position < size
             x = tl.load(x_list + start + position, mask=inside, other=float("-inf"))
-            token = start + position
-            if HAS_IDS:
-                token = tl.load(ids + start + position, mask=inside, other=0)
+            token = tl.load(ids + start + position, mask=inside & has_ids, other=0)
+            token = tl.where(has_ids, token, start + position)
             key = key_of(x)
             weight = tl.exp((x - top) * inverse)
             units = tl.where((key > low) & (key <= high) & (weight >= least_weight), units_of(weight), 0)
@@ -162,6 +160,7 @@ def _choose_kernel(
             draw = tl.load(uniform + row).to(tl.float64)
             lowest = ALL_KEYS + tl.zeros((), tl.int32)
             least_weight = tl.zeros((), tl.float32)
+            chosen = tl.zeros((), tl.int32)
             has_any = False
             if FILTER:
                 k, p, m, has_any = filters_of(top_k, top_p, min_p, row, vocab_size)
@@ -181,20 +180,18 @@ def _choose_kernel(
                 high = tl.load(brackets + 4 * row + 1)
                 num_above = tl.load(above + row)
                 target = tl.load(targets + row)
-                masses = units_of(tl.load(kept + row * num_groups + group, mask=is_group, other=0.0).to(tl.float64))
+                units = units_of(tl.load(kept + row * num_groups + group, mask=is_group, other=0.0).to(tl.float64))
                 size = tl.load(num_listed + row)
-                if size <= CAPACITY:
-                    x_list = values + row * CAPACITY
-                    lowest = find_border(x_list, size, low, high, num_above, target, k, p, top, inverse)
-                    chosen, draw = _choose_group(
-                        masses, group, num_groups, x_list, ids + row * CAPACITY, size, lowest, high, m, draw, top,
-                        inverse, True,
-                    )  # fmt: skip
-                else:
-                    lowest = find_border(x_row, vocab_size, low, high, num_above, target, k, p, top, inverse)
-                    chosen, draw = _choose_group(
-                        masses, group, num_groups, x_row, ids, vocab_size, lowest, high, m, draw, top, inverse, False
-                    )
+                x_list = values + row * CAPACITY
+                is_listed = size <= CAPACITY
+                if not is_listed:
+                    x_list = x_row
+                    size = vocab_size
+                lowest = find_border(x_list, size, low, high, num_above, target, k, p, top, inverse)
+                chosen, draw = _choose_group(
+                    units, group, num_groups, x_list, ids + row * CAPACITY, is_listed, size, lowest, high, m, draw, top,
+                    inverse,
+                )  # fmt: skip
             first = chosen * GROUP
             size_left = tl.minimum(vocab_size - first, GROUP)
             token = first + _draw(x_row + first, size_left, draw, lowest, least_weight, top, inverse)

@@ -76,3 +76,15 @@ def test_score_in_windows(null):
     found = null.post("/score", {"text": "x" * 64, "window": 16, "return_logprobs": True}).json()
     assert (found["num_scored"], len(found["tokens"]), len(found["logprobs"])) == (28, 64, 64)
     assert found["logprobs"][0] is None
+
+
+def test_scores_that_are_refused(null):
+    for body, words in (
+        ({"text": "x" * 5000, "window": 4}, "more than 1024 windows"),
+        ({"text": "x" * 50, "window": 2}, "from 4 to 2048"),
+        ({"text": "x" * 3000}, "exceeds the context"),
+        ({"text": 3}, "give a text"),
+    ):
+        response = null.post("/score", body)
+        assert response.status_code == 400
+        assert words in response.json()["error"]["message"]

@@ -153,6 +153,13 @@ def test_bad_configurations(options, message):
         ServerConfig.of(None, **options)
 
 
+def test_broken_certificates(tmp_path):
+    path = tmp_path / "x.pem"
+    path.write_text("nothing")
+    with pytest.raises(ConfigError, match="PEM files that belong together"):
+        ServerConfig(tls_key=str(path), tls_certificate=str(path))
+
+
 def test_keys_come_from_files_and_the_environment(tmp_path, monkeypatch):
     path = tmp_path / "keys"
     path.write_text("# people\none\n\n two \n")

@@ -56,6 +56,7 @@ class Visit:
     def ask(self, text: str) -> None:
         self.box.fill(text)
         self.box.press("Enter")
+        expect(self.box).to_have_value("")  # taken: from here on, the line below is about this answer
 
     def finished(self) -> None:
         expect(self.status).to_contain_text("first token", timeout=60_000)
@@ -129,6 +130,10 @@ def test_a_conversation_with_a_server(browser, serve_page, toy):
     expect(visit.log).to_contain_text("You said: x <foo>bar</foo> List<int>")
     assert any("Content Security Policy" in trouble for trouble in visit.troubles)
     visit.press("Retry")
+    for _ in range(100):
+        visit.page.wait_for_timeout(50)
+        if len(toy.bodies) == 4:
+            break
     visit.finished()
     assert [body["messages"][-1]["content"][:5] for body in toy.bodies] == ["think", "refus", "x <fo", "x <fo"]
     visit.press("Edit")

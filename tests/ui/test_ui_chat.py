@@ -159,3 +159,13 @@ def test_a_server_that_is_left_in_mid_answer_hears_of_it(toy):
 
     asyncio.run(main())
     assert toy.hung_up.wait(10)
+
+
+def test_without_a_question_nothing_changes():
+    async def main(chat):
+        rows = (await last(chat, "hi", max_tokens="4"))[0]
+        return rows, [update async for update in chat.answer(rows, "", values())], await anext(chat.answer([], "", []))
+
+    (rows, same, none), _ = run(null, main)
+    assert same == [(rows, "")]
+    assert none == ([], "")

@@ -113,16 +113,16 @@ class DeviceRunner:
 
     def _compute(self, arrays: StepArrays, buffers: _PinnedBuffers) -> Tensor:
         graphs = self._graphs
-        size = None if graphs is None else graphs.size_for(arrays)
-        if graphs is None or size is None:
+        key = None if graphs is None else graphs.find(arrays)
+        if graphs is None or key is None:
             batch = self._upload(arrays, buffers)
             self._resolve(batch.token_ids, arrays)
             return self._forward(batch)
-        host = buffers.ints(graphs.input_length)
+        size, host = key[1], buffers.ints(graphs.input_length)
         length = graphs.fill(arrays, size, host.numpy())
         graphs.inputs(length).copy_(host[:length], non_blocking=True)
         self._resolve(graphs.token_ids(size), arrays)
-        return graphs.replay(size)[: len(arrays.logit_rows)]
+        return graphs.replay(key)[: len(arrays.logit_rows)]
 
     def _upload(self, arrays: StepArrays, buffers: _PinnedBuffers) -> Batch:
         """The step's inputs, in one copy."""

@@ -6,6 +6,7 @@ of decodes alone, one graph per number of sequences (`DecodeGraphs`).
 
 from __future__ import annotations
 
+import itertools
 import logging
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -97,6 +98,10 @@ def graph_sizes(max_batch_size: int) -> list[int]:
     return [*(size for size in sizes if size < max_batch_size), max_batch_size]
 
 
+_Key = tuple[int, int]  # longest context, number of sequences
+_SHORT_CONTEXT = 1024  # steps of contexts up to this have graphs of their own: their attention runs differently
+
+
 class DecodeGraphs:
     """CUDA graphs of the steps that compute one token per sequence. Inputs are copied to where the
     graphs read them; rows that pad a step belong to no sequence (context 0) and store nothing (slot -1)."""
@@ -107,25 +112,24 @@ class DecodeGraphs:
         self._device = device
         self._columns = -(-limits.max_context // block_size)
         self._sizes = graph_sizes(limits.max_batch_size)
-        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        contexts = {limits.max_context, min(limits.max_context, _SHORT_CONTEXT)}
+        self._pending = sorted(itertools.product(contexts, self._sizes))  # captured from the end on
+        self._captured: dict[_Key, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         size = limits.max_batch_size
         self._inputs = torch.zeros(self.input_length, dtype=torch.int32, device=device)
         self._counting = torch.arange(size + 1, dtype=torch.int32, device=device)
 
-    @property
-    def num_pending(self) -> int:
-        """Sizes that have no graph yet."""
-        return len(self._sizes) - len(self._captured)
-
-    def size_for(self, arrays: StepArrays) -> int | None:
-        """The captured size that serves the step; None: it has to be computed without a graph."""
+    def find(self, arrays: StepArrays) -> _Key | None:
+        """The captured graph that serves the step; None: it has to be computed without one."""
         count = arrays.num_decodes
         if arrays.max_query != 1 or len(arrays.logit_rows) != count or count > self._sizes[-1]:
             return None
         size = self._sizes[bisect_left(self._sizes, count)]
-        return size if size in self._captured else None
+        keys = [(_SHORT_CONTEXT, size)] if arrays.max_context <= _SHORT_CONTEXT else []
+        keys.append((self._limits.max_context, size))
+        return next((key for key in keys if key in self._captured), None)
 
     @property
     def input_length(self) -> int:
@@ -157,21 +161,20 @@ class DecodeGraphs:
     def token_ids(self, size: int) -> Tensor:
         return self._inputs[:size]
 
-    def replay(self, size: int) -> Tensor:
+    def replay(self, key: _Key) -> Tensor:
         """Compute → logits [size, v], valid until the next step."""
-        graph, logits = self._captured[size]
+        graph, logits = self._captured[key]
         graph.replay()
         return logits
 
     def capture_next(self) -> bool:
         """Capture the largest size that has no graph yet; False: all have one. Nothing else may be
         computed meanwhile."""
-        left = [size for size in self._sizes if size not in self._captured]
-        if not left:
+        if not self._pending:
             return False
-        size = left[-1]
+        max_context, size = key = self._pending.pop()
         self._inputs.zero_()
-        batch = self._batch(size)
+        batch = self._batch(size, max_context)
         batch.slots.fill_(-1)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
@@ -180,10 +183,10 @@ class DecodeGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             logits = self._forward(batch)
-        self._captured[size] = (graph, logits)
+        self._captured[key] = (graph, logits)
         return True
 
-    def _batch(self, size: int) -> Batch:
+    def _batch(self, size: int, max_context: int) -> Batch:
         stride = _stride(size)
         head = self._inputs[: 4 * stride].view(4, stride)[:, :size]
         return Batch(
@@ -197,7 +200,7 @@ class DecodeGraphs:
             num_tokens=size,
             num_sequences=size,
             max_query=1,
-            max_context=self._limits.max_context,
+            max_context=max_context,
             num_decodes=size,
         )
 

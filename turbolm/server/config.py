@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import ssl
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -19,15 +20,15 @@ class ServerConfig:
     """Address to listen on; 0.0.0.0 is every network of this machine."""
     port: int = 23333
     """Port to listen on; 0: any free one."""
-    served_name: str = ""
-    """The model's name in requests; empty: the name that it was loaded by."""
-    api_key_file: str = ""
+    served_name: str | None = None
+    """The model's name in requests; by default the name that it was loaded by."""
+    api_key_file: str | None = None
     """File with API keys, one a line ('#' begins a comment). Requests must bring one of them."""
-    api_key_env: str = ""
+    api_key_env: str | None = None
     """Name of an environment variable that holds API keys, separated by commas."""
-    tls_certificate: str = ""
+    tls_certificate: str | None = None
     """PEM file with the certificate chain: the server then speaks HTTPS."""
-    tls_key: str = ""
+    tls_key: str | None = None
     """PEM file with the certificate's private key."""
     cors_origins: tuple[str, ...] = ()
     """Web origins whose pages may call the server, such as https://example.org; '*': all of them."""
@@ -67,6 +68,18 @@ class ServerConfig:
             value = getattr(self, name)
             if value and not Path(value).expanduser().is_file():
                 raise ConfigError(f"{name}: no file '{value}'")
+        if self.tls_certificate and self.tls_key:
+            self._check_tls(Path(self.tls_certificate).expanduser(), Path(self.tls_key).expanduser())
+
+    @staticmethod
+    def _check_tls(certificate: Path, key: Path) -> None:
+        try:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key, password="")
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(
+                f"can't use tls_certificate '{certificate}' with tls_key '{key}' ({error}): give PEM files that belong "
+                "together, the key without a password"
+            ) from None
 
     @classmethod
     def of(cls, base: ServerConfig | None = None, **options: object) -> ServerConfig:

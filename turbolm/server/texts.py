@@ -18,6 +18,8 @@ from turbolm.server.schema import DetokenizeBody, ScoreBody, TokenizeBody
 from turbolm.server.service import Service
 from turbolm.types import Score
 
+_MAX_WINDOWS = 1024  # of one text to score
+
 
 async def models(request: Request) -> Response:
     """The one model that is served."""
@@ -81,6 +83,11 @@ async def score(request: Request) -> Response:
     tokens = (
         body.text if isinstance(body.text, list) else await asyncio.to_thread(service.llm.tokenizer.encode, body.text)
     )
+    if body.window is not None and len(tokens) > _MAX_WINDOWS * max(body.window, 1):
+        raise RequestError(
+            f"{len(tokens)} tokens make more than {_MAX_WINDOWS} windows of {body.window}: send less text at once",
+            "window",
+        )
     scored = await _while_connected(request, service.llm.score(tokens, window=body.window), service)
     log_likelihood = finite(scored.log_likelihood)
     mean = -log_likelihood / max(scored.num_scored, 1)

@@ -41,7 +41,10 @@ class Chat:
     ) -> AsyncIterator[tuple[list[Row], str]]:
         """Answers the last row. Yields all rows and a line about the answer, at most 10 times a second while
         there is news; `values` as `form()` orders them. Closing the iterator cancels the request.
-        An error is a row, not an exception."""
+        An error is a row, not an exception. Where the last row is no question, nothing changes."""
+        if not rows or rows[-1]["role"] != "user":
+            yield list(rows), ""
+            return
         answer = Answer()
         reader: asyncio.Task[None] | None = None
         thought = 0.0  # seconds

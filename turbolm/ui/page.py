@@ -98,6 +98,8 @@ def _busy(**changes: Any) -> gr.Textbox:
 
 
 def _send(text: str, rows: list[Row]) -> tuple[list[Row], gr.Textbox, str]:
+    if not text.strip():
+        return rows, _ready(), ""  # no question, so there is nothing to answer
     return [*rows, question(text)], _busy(value=""), "reading…"
 
 

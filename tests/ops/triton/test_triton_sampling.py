@@ -244,7 +244,7 @@ def test_brackets_enclose_the_border_and_little_else() -> None:
     for i, needed in enumerate(kept):
         enclosed = (logits[i] > low[i]) & (logits[i] <= high[i])
         assert int((logits[i] > high[i]).sum()) <= needed <= int((logits[i] > low[i]).sum())
-        assert found.num_listed[i] == enclosed.sum() <= LONG // 3
+        assert found.num_listed[i] == enclosed.sum() <= filters.CAPACITY.value // 2
         listed, order = found.ids[i, : found.num_listed[i]].long().sort()
         assert torch.equal(listed, enclosed.nonzero().squeeze(1))
         assert torch.equal(found.values[i, : len(listed)][order], logits[i, listed])

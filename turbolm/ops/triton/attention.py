@@ -72,9 +72,12 @@ def attention(qkv_tw: Tensor, batch: Batch, cache: LayerCache, spec: AttentionSp
     assert batch.num_sequences * spec.num_kv_heads <= _MAX_PAIRS
     first, element_size = batch.num_decodes, cache.k.element_size()
     tables, contexts, starts = batch.block_tables[first:], batch.context_lens[first:], batch.query_start[first:]
+    plan = plan_decode(
+        spec, element_size, gpu.num_sms, gpu.shared_memory, batch.num_sequences, batch.max_context
+    )  # fmt: skip
     few = partial(
-        decode_attention, qkv_tw, cache=cache, spec=spec, out=out, counters=gpu.counters, pdl=gpu.pdl,
-        plan=plan_decode(spec, element_size, gpu.num_sms, gpu.shared_memory), max_context=batch.max_context,
+        decode_attention, qkv_tw, cache=cache, spec=spec, out=out, counters=gpu.counters, pdl=gpu.pdl, plan=plan,
+        max_context=batch.max_context,
     )  # fmt: skip
     if first:
         few(batch.block_tables[:first], batch.context_lens[:first])

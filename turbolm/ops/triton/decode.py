@@ -3,9 +3,8 @@
 Memory-bound: every byte of K and V is read once, by the program that serves all query heads of a kv head.
 The work of a step, all tiles of all (sequence, kv head) pairs laid end to end, is cut into equal shares,
 one per program (stream-K: Osama et al., 2023), so that long and short contexts balance and the grid
-depends on no length. A cut near the border of two pairs moves there: what a share wins is less than what
-it costs to put a pair together. A pair that cuts do divide is put together by the program that finishes
-last, in the order of the context: results are deterministic.
+depends on no length. A pair that a cut divides is put together by the program that finishes last, in the
+order of the context: results are deterministic.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
@@ -22,50 +21,39 @@ from turbolm.ops import AttentionSpec, LayerCache
 from turbolm.ops.triton.tiles import attend_tile, find_blocks, load_keys, load_values, padded_count, padded_dim
 
 
+SHORT_CONTEXT = 1024
+
+
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
     """How the decode kernel runs. The defaults of `plan_decode` are the rule; others are for measurements."""
 
     tile: int  # positions of K and V per step of a program
-    programs: int  # shares that the work is cut into, at most
+    programs: int  # shares that the work is cut into
     num_warps: int
     num_stages: int  # of the pipeline of loads
-    least: int = 8  # tiles of a share, unless all pairs have fewer
-    snap: int = 4  # tiles that a cut moves at most
-    flat: bool = False  # one pipeline of loads over all pairs of a share
+    reduce_apart: bool = False  # put divided pairs together in a kernel of its own
     registers: int | None = None  # of a thread, at most
 
 
-def plan_decode(spec: AttentionSpec, element_size: int, num_sms: int, shared_memory: int) -> DecodePlan:
+def plan_decode(
+    spec: AttentionSpec, element_size: int, num_sms: int, shared_memory: int, num_sequences: int, max_context: int
+) -> DecodePlan:
     """The rule: tiles of 64 positions, and as many programs as run at once on a GPU of num_sms multiprocessors
-    with `shared_memory` bytes each, so that no share waits for another."""
+    with `shared_memory` bytes each, so that no share waits for another. Many short contexts are bound by the
+    latency of their few loads: more programs with a shorter pipeline hide it (64 of 300: 27 µs instead of 34)."""
     width = padded_dim(spec.head_dim) + padded_dim(spec.v_head_dim)
     tile = 64 if width <= 256 else 32
-    num_warps, num_stages = 4, 3
+    is_short = max_context <= SHORT_CONTEXT and num_sequences >= 16 and width <= 256
+    num_warps, num_stages, most, registers = (4, 2, 4, 128) if is_short else (4, 3, 3, None)
     used = (num_stages - 1) * tile * width * element_size + 16 * (width + tile) * element_size + 1024
-    return DecodePlan(tile, num_sms * max(1, min(3, shared_memory // used)), num_warps, num_stages)
+    return DecodePlan(
+        tile, num_sms * max(1, min(most, shared_memory // used)), num_warps, num_stages, registers=registers
+    )
 
 
 @triton.jit
-def _cut_of(wanted, work, tiles_s, ends_s, seqs, snap, KV_HEADS: tl.constexpr):
-    """A cut of the work, moved to the border of two pairs if it's near; its sequence, that one's first unit, and
-    how many tiles of a pair come before the cut."""
-    is_before = ends_s <= wanted
-    sequence = tl.sum(is_before.to(tl.int32), 0)
-    sequence_start = tl.sum(tl.where(is_before, tiles_s, 0), 0) * KV_HEADS
-    tiles = tl.maximum(tl.sum(tl.where(seqs == sequence, tiles_s, 0), 0), 1)
-    within = (wanted - sequence_start) % tiles
-    nearest = tl.where(2 * within < tiles, 0, tiles)
-    moved = tl.where(tl.abs(nearest - within) <= snap, nearest - within, 0)
-    cut = wanted + moved
-    is_past = cut - sequence_start == tiles * KV_HEADS
-    sequence += is_past.to(tl.int32)
-    sequence_start = tl.where(is_past, cut, sequence_start)
-    return tl.minimum(cut, work), sequence, sequence_start, (within + moved) % tiles
-
-
-@triton.jit
-def _tiles_of(contexts, starts, num_sequences, seqs, QUERIES: tl.constexpr, WINDOW: tl.constexpr,
+def _share_of_work(contexts, starts, num_sequences, seqs, QUERIES: tl.constexpr, WINDOW: tl.constexpr,
                    TILE: tl.constexpr):  # fmt: skip
     """Tiles of each sequence `seqs` per kv head. A sequence without context has one, all masked, so that
     its output is written (zeros)."""
@@ -134,58 +122,14 @@ def _rows_of(starts, sequence, QUERIES: tl.constexpr):
     return start, count
 
 
-@triton.jit
-def _pairs_of(contexts, starts, sequence, QUERIES: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr):
-    """A sequence's context, first row and number of rows; and its pairs' first tile and number of tiles."""
-    context = tl.load(contexts + sequence)
-    row_start, num_rows = _rows_of(starts, sequence, QUERIES)
-    first_tile = 0
-    if WINDOW > 0:
-        first_tile = tl.maximum(context - num_rows - WINDOW + 1, 0) // TILE
-    return context, row_start, num_rows, first_tile, tl.maximum(tl.cdiv(context, TILE) - first_tile, 1)
-
-
-@triton.jit
-def _load_query(q, q_stride, row_start, num_rows, kv_head, GROUP: tl.constexpr, DIM: tl.constexpr,
-                ROWS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """[ROWS, WIDTH], rows (token, head of the group), zeros where there is none."""
-    row = tl.arange(0, ROWS)
-    dim = tl.arange(0, WIDTH)
-    token = row // GROUP
-    head = kv_head * GROUP + row % GROUP
-    return tl.load(
-        q + (row_start + token)[:, None].to(tl.int64) * q_stride + head[:, None] * DIM + dim[None, :],
-        mask=(token < num_rows)[:, None] & (dim < DIM)[None, :],
-        other=0.0,
-    )
-
-
-@triton.jit
-def _finish(peak, total, mixed, out, parts, stats, out_stride, starts, sequence, kv_head, slot, is_whole,
-            GROUP: tl.constexpr, QUERIES: tl.constexpr, V_DIM: tl.constexpr, ROWS: tl.constexpr,
-            KEPT_ROWS: tl.constexpr, V_WIDTH: tl.constexpr):  # fmt: skip
-    """What a program has of a pair: the result if that is all of it, else a partial result."""
-    if is_whole:
-        result = mixed / tl.where(total == 0, 1.0, total)[:, None]
-        _store(result, out, out_stride, starts, sequence, kv_head, GROUP, QUERIES, V_DIM, ROWS, V_WIDTH)
-    else:
-        row = tl.arange(0, ROWS)
-        dim = tl.arange(0, V_WIDTH)
-        at = slot * KEPT_ROWS + row
-        kept = row < KEPT_ROWS
-        tl.store(parts + at[:, None] * V_WIDTH + dim[None, :], mixed, mask=kept[:, None])
-        tl.store(stats + 2 * at, peak, mask=kept)
-        tl.store(stats + 2 * at + 1, total, mask=kept)
-
-
-@triton.jit(do_not_specialize=["num_sequences", "least", "snap"])
+@triton.jit(do_not_specialize=["num_sequences"])
 def _decode_kernel(
     q, k_pool, v_pool, tables, contexts, starts, out, parts, stats, counters,
-    q_stride, k_stride, v_stride, table_stride, out_stride, num_sequences, scale, least, snap,
+    q_stride, k_stride, v_stride, table_stride, out_stride, num_sequences, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr,
     DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     TILE: tl.constexpr, ROWS: tl.constexpr, KEPT_ROWS: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
-    SEQUENCES: tl.constexpr, CHUNK: tl.constexpr, FLAT: tl.constexpr, PDL: tl.constexpr,
+    SEQUENCES: tl.constexpr, CHUNK: tl.constexpr, APART: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """q [rows, KV_HEADS * GROUP * DIM] (row stride given), pools [blocks, KV_HEADS, BLOCK_SIZE, ·], tables
     [num_sequences, ·], contexts [num_sequences], starts [num_sequences + 1] (if QUERIES > 1) → out. Per program
@@ -195,161 +139,107 @@ def _decode_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     seqs = tl.arange(0, SEQUENCES)
-    tiles_s = _tiles_of(contexts, starts, num_sequences, seqs, QUERIES, WINDOW, TILE)
+    tiles_s = _share_of_work(contexts, starts, num_sequences, seqs, QUERIES, WINDOW, TILE)
     ends_s = tl.cumsum(tiles_s, 0) * KV_HEADS
     work = tl.sum(tiles_s, 0) * KV_HEADS
-    share = tl.maximum(tl.cdiv(work, tl.num_programs(0)), tl.minimum(tl.max(tiles_s, 0), least))
-    first_unit, sequence, sequence_start, begun = _cut_of(
-        program * share, work, tiles_s, ends_s, seqs, snap, KV_HEADS
-    )  # fmt: skip
-    end, last_sequence, last_sequence_start, left = _cut_of(
-        (program + 1) * share, work, tiles_s, ends_s, seqs, snap, KV_HEADS
-    )  # fmt: skip
-    if first_unit >= end:
-        return
-    context, row_start, num_rows, first_tile, tiles = _pairs_of(contexts, starts, sequence, QUERIES, WINDOW, TILE)
-    kv_head = (first_unit - sequence_start) // tiles
-    first_sequence = sequence
-    first_head = kv_head
-    first_start = first_unit - begun
-    first_end = first_start + tiles
-    last_start = end - left
+    share = tl.cdiv(work, tl.num_programs(0))
+    unit = program * share
+    end = tl.minimum(unit + share, work)
+    sequence = tl.sum((ends_s <= unit).to(tl.int32), 0)  # the one that the first unit is of
+    sequence_start = tl.sum(tl.where(seqs < sequence, tiles_s, 0), 0) * KV_HEADS
 
     row = tl.arange(0, ROWS)
-    token = row // GROUP
+    dim = tl.arange(0, WIDTH)
     offset = tl.arange(0, TILE)
-    peak = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    mixed = tl.zeros((ROWS, V_WIDTH), tl.float32)
-    if FLAT:
-        tile = begun
-        block = find_blocks(
-            tables + sequence.to(tl.int64) * table_stride, (first_tile + tile) * TILE, context, BLOCK_SIZE, TILE
+    while unit < end:
+        context = tl.load(contexts + sequence)
+        row_start, num_rows = _rows_of(starts, sequence, QUERIES)
+        first_tile = 0
+        if WINDOW > 0:
+            first_tile = tl.maximum(context - num_rows - WINDOW + 1, 0) // TILE
+        tiles = tl.maximum(tl.cdiv(context, TILE) - first_tile, 1)
+        kv_head = (unit - sequence_start) // tiles
+        pair_start = sequence_start + kv_head * tiles
+        begin = unit - pair_start
+        stop = tl.minimum(tiles, end - pair_start)
+
+        token = row // GROUP
+        head = kv_head * GROUP + row % GROUP
+        query = tl.load(
+            q + (row_start + token)[:, None].to(tl.int64) * q_stride + head[:, None] * DIM + dim[None, :],
+            mask=(token < num_rows)[:, None] & (dim < DIM)[None, :],
+            other=0.0,
         )
-        query = _load_query(q, q_stride, row_start, num_rows, kv_head, GROUP, DIM, ROWS, WIDTH)
-        for unit in range(first_unit, end):
-            position = (first_tile + tile) * TILE + offset
+        last_visible = context - num_rows + token  # a row's own position
+        table = tables + sequence.to(tl.int64) * table_stride
+        keys_of_head = k_pool + kv_head * (BLOCK_SIZE * DIM)
+        values_of_head = v_pool + kv_head * (BLOCK_SIZE * V_DIM)
+        peak = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        mixed = tl.zeros((ROWS, V_WIDTH), tl.float32)
+        block = find_blocks(table, (first_tile + begin) * TILE, context, BLOCK_SIZE, TILE)
+        for tile in range(first_tile + begin, first_tile + stop):
+            position = tile * TILE + offset
             valid = position < context
-            keys = load_keys(
-                k_pool + kv_head * (BLOCK_SIZE * DIM), block, position, valid, k_stride, BLOCK_SIZE, DIM, WIDTH, True
-            )
-            values = load_values(
-                v_pool + kv_head * (BLOCK_SIZE * V_DIM), block, position, valid, v_stride, BLOCK_SIZE, V_DIM, V_WIDTH,
-                True,
-            )  # fmt: skip
-            is_last = tile + 1 == tiles
-            is_last_head = is_last & (kv_head == KV_HEADS - 1)
-            next_sequence = tl.minimum(sequence + is_last_head.to(tl.int32), num_sequences - 1)
-            next_tile = tl.where(is_last, 0, tile + 1)
-            next_context, next_row_start, next_num_rows, next_first_tile, next_tiles = _pairs_of(
-                contexts, starts, next_sequence, QUERIES, WINDOW, TILE
-            )
-            block = find_blocks(
-                tables + next_sequence.to(tl.int64) * table_stride, (next_first_tile + next_tile) * TILE, next_context,
-                BLOCK_SIZE, TILE,
-            )  # fmt: skip
-            if tile == 0:
-                query = _load_query(q, q_stride, row_start, num_rows, kv_head, GROUP, DIM, ROWS, WIDTH)
-            peak = tl.where(tile == 0, float("-inf"), peak)
-            total = tl.where(tile == 0, 0.0, total)
-            mixed = tl.where(tile == 0, 0.0, mixed)
-            last_visible = context - num_rows + token  # a row's own position
+            keys = load_keys(keys_of_head, block, position, valid, k_stride, BLOCK_SIZE, DIM, WIDTH, True)
+            values = load_values(values_of_head, block, position, valid, v_stride, BLOCK_SIZE, V_DIM, V_WIDTH, True)
+            block = find_blocks(table, (tile + 1) * TILE, context, BLOCK_SIZE, TILE)
             visible = valid[None, :] & (position[None, :] <= last_visible[:, None])
             if WINDOW > 0:
                 visible &= position[None, :] > last_visible[:, None] - WINDOW
-            peak, total, mixed = attend_tile(query, keys, values, visible, peak, total, mixed, scale, SOFTCAP, True)
-            if is_last | (unit + 1 == end):
-                begins = unit - tile >= first_unit
-                _finish(
-                    peak, total, mixed, out, parts, stats, out_stride, starts, sequence, kv_head,
-                    2 * program + begins.to(tl.int32), begins & is_last,
-                    GROUP, QUERIES, V_DIM, ROWS, KEPT_ROWS, V_WIDTH,
-                )  # fmt: skip
-            kv_head = tl.where(is_last_head, 0, kv_head + is_last.to(tl.int32))
-            sequence = next_sequence
-            tile = next_tile
-            context = next_context
-            row_start = next_row_start
-            num_rows = next_num_rows
-            first_tile = next_first_tile
-            tiles = next_tiles
-    else:
-        unit = first_unit
-        while unit < end:
-            context, row_start, num_rows, first_tile, tiles = _pairs_of(
-                contexts, starts, sequence, QUERIES, WINDOW, TILE
+            peak, total, mixed = attend_tile(
+                query, keys, values, visible, peak, total, mixed, scale, SOFTCAP, True
             )  # fmt: skip
-            kv_head = (unit - sequence_start) // tiles
-            pair_start = sequence_start + kv_head * tiles
-            begin = unit - pair_start
-            stop = tl.minimum(tiles, end - pair_start)
-            table = tables + sequence.to(tl.int64) * table_stride
-            block = find_blocks(table, (first_tile + begin) * TILE, context, BLOCK_SIZE, TILE)
-            query = _load_query(q, q_stride, row_start, num_rows, kv_head, GROUP, DIM, ROWS, WIDTH)
-            last_visible = context - num_rows + token  # a row's own position
-            keys_of_head = k_pool + kv_head * (BLOCK_SIZE * DIM)
-            values_of_head = v_pool + kv_head * (BLOCK_SIZE * V_DIM)
-            peak = tl.full((ROWS,), float("-inf"), tl.float32)
-            total = tl.zeros((ROWS,), tl.float32)
-            mixed = tl.zeros((ROWS, V_WIDTH), tl.float32)
-            for tile in range(first_tile + begin, first_tile + stop):
-                position = tile * TILE + offset
-                valid = position < context
-                keys = load_keys(keys_of_head, block, position, valid, k_stride, BLOCK_SIZE, DIM, WIDTH, True)
-                values = load_values(values_of_head, block, position, valid, v_stride, BLOCK_SIZE, V_DIM, V_WIDTH, True)
-                block = find_blocks(table, (tile + 1) * TILE, context, BLOCK_SIZE, TILE)
-                visible = valid[None, :] & (position[None, :] <= last_visible[:, None])
-                if WINDOW > 0:
-                    visible &= position[None, :] > last_visible[:, None] - WINDOW
-                peak, total, mixed = attend_tile(query, keys, values, visible, peak, total, mixed, scale, SOFTCAP, True)
-            _finish(
-                peak, total, mixed, out, parts, stats, out_stride, starts, sequence, kv_head,
-                2 * program + (begin == 0).to(tl.int32), (begin == 0) & (stop == tiles),
-                GROUP, QUERIES, V_DIM, ROWS, KEPT_ROWS, V_WIDTH,
-            )  # fmt: skip
-            unit = pair_start + stop
-            if stop == tiles and kv_head == KV_HEADS - 1:
-                sequence_start += tiles * KV_HEADS
-                sequence += 1
 
-    # Of its pairs, a share divides the first, the last, or none.
-    is_first_divided = (begun > 0) | (end < first_end)
-    is_last_divided = (left > 0) & (last_start > first_start)
-    if is_first_divided | is_last_divided:
-        tl.debug_barrier()  # every thread's partial results come before the counts
-        for which in range(2):
-            divided_sequence = first_sequence
-            head = first_head
-            start = first_start
-            is_divided = is_first_divided
-            if which == 1:
-                divided_sequence = last_sequence
-                start = last_start
-                is_divided = is_last_divided
-            if is_divided:
-                _, _, _, _, tiles = _pairs_of(contexts, starts, divided_sequence, QUERIES, WINDOW, TILE)
-                if which == 1:
-                    head = (start - last_sequence_start) // tiles
-                # The cuts within the pair are those too far from its ends to have moved there.
-                first_program = (start + snap) // share
-                count = (start + tiles - snap - 1) // share - first_program + 1
-                counter = counters + divided_sequence * KV_HEADS + head
-                if tl.atomic_add(counter, 1) == count - 1:
-                    tl.store(counter, 0)
+        if begin == 0 and stop == tiles:
+            result = mixed / tl.where(total == 0, 1.0, total)[:, None]
+            _store(result, out, out_stride, starts, sequence, kv_head, GROUP, QUERIES, V_DIM, ROWS, V_WIDTH)
+        else:
+            at = (2 * program + (begin == 0).to(tl.int32)) * KEPT_ROWS + row
+            kept = row < KEPT_ROWS
+            wide = tl.arange(0, V_WIDTH)
+            tl.store(parts + at[:, None] * V_WIDTH + wide[None, :], mixed, mask=kept[:, None])
+            tl.store(stats + 2 * at, peak, mask=kept)
+            tl.store(stats + 2 * at + 1, total, mask=kept)
+            if not APART:
+                first_program = pair_start // share
+                count = (pair_start + tiles - 1) // share - first_program + 1
+                tl.debug_barrier()  # every thread's stores come before the count
+                if tl.atomic_add(counters + sequence * KV_HEADS + kv_head, 1) == count - 1:
+                    tl.store(counters + sequence * KV_HEADS + kv_head, 0)
                     result = _combine(parts, stats, first_program, count, KEPT_ROWS, V_WIDTH, CHUNK)
                     _store(
-                        result,
-                        out,
-                        out_stride,
-                        starts,
-                        divided_sequence,
-                        head,
-                        GROUP,
-                        QUERIES,
-                        V_DIM,
-                        KEPT_ROWS,
-                        V_WIDTH,
-                    )
+                        result, out, out_stride, starts, sequence, kv_head, GROUP, QUERIES, V_DIM, KEPT_ROWS, V_WIDTH
+                    )  # fmt: skip
+        unit = pair_start + stop
+        if stop == tiles and kv_head == KV_HEADS - 1:
+            sequence_start += tiles * KV_HEADS
+            sequence += 1
+
+
+@triton.jit(do_not_specialize=["num_sequences", "num_programs"])
+def _combine_kernel(
+    contexts, starts, out, parts, stats, out_stride, num_sequences, num_programs,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, V_DIM: tl.constexpr, WINDOW: tl.constexpr,
+    TILE: tl.constexpr, KEPT_ROWS: tl.constexpr, V_WIDTH: tl.constexpr, SEQUENCES: tl.constexpr, CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """One program per (sequence, kv head): puts it together if the decode kernel's shares divided it."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    kv_head = tl.program_id(0)
+    sequence = tl.program_id(1)
+    seqs = tl.arange(0, SEQUENCES)
+    tiles_s = _share_of_work(contexts, starts, num_sequences, seqs, QUERIES, WINDOW, TILE)
+    share = tl.cdiv(tl.sum(tiles_s, 0) * KV_HEADS, num_programs)
+    tiles = tl.sum(tl.where(seqs == sequence, tiles_s, 0), 0)
+    pair_start = tl.sum(tl.where(seqs < sequence, tiles_s, 0), 0) * KV_HEADS + kv_head * tiles
+    first_program = pair_start // share
+    count = (pair_start + tiles - 1) // share - first_program + 1
+    if count > 1:
+        result = _combine(parts, stats, first_program, count, KEPT_ROWS, V_WIDTH, CHUNK)
+        _store(result, out, out_stride, starts, sequence, kv_head, GROUP, QUERIES, V_DIM, KEPT_ROWS, V_WIDTH)
 
 
 def decode_attention(
@@ -384,16 +274,21 @@ def decode_attention(
     kept_rows, v_width = triton.next_power_of_2(group * queries), padded_dim(spec.v_head_dim)
     parts = torch.empty(2 * programs, kept_rows, v_width, dtype=torch.float32, device=out.device)
     stats = torch.empty(2 * programs, kept_rows, 2, dtype=torch.float32, device=out.device)
-    options: dict[str, int] = {"launch_pdl": True} if pdl else {}
-    if plan.registers:
-        options["maxnreg"] = plan.registers
+    shape = {
+        "KV_HEADS": spec.num_kv_heads, "GROUP": group, "QUERIES": queries, "V_DIM": spec.v_head_dim,
+        "WINDOW": spec.window or 0, "TILE": plan.tile, "KEPT_ROWS": kept_rows, "V_WIDTH": v_width,
+        "SEQUENCES": padded_count(num_sequences), "CHUNK": max(1, min(16, 4096 // (kept_rows * v_width))), "PDL": pdl,
+    }  # fmt: skip
+    launch = {"launch_pdl": True} if pdl else {}
     _decode_kernel[(programs,)](
         q_rows, cache.k, cache.v, block_tables, context_lens, starts, out, parts, stats, counters,
         q_rows.stride(0), cache.k.stride(0), cache.v.stride(0), block_tables.stride(0), out.stride(0),
-        num_sequences, spec.scale, plan.least, plan.snap,
-        KV_HEADS=spec.num_kv_heads, GROUP=group, QUERIES=queries, DIM=spec.head_dim, V_DIM=spec.v_head_dim,
-        BLOCK_SIZE=cache.block_size, WINDOW=spec.window or 0, SOFTCAP=spec.softcap or 0.0, TILE=plan.tile,
-        ROWS=max(16, kept_rows), KEPT_ROWS=kept_rows, WIDTH=padded_dim(spec.head_dim), V_WIDTH=v_width,
-        SEQUENCES=padded_count(num_sequences), CHUNK=max(1, min(16, 8192 // (kept_rows * v_width))), FLAT=plan.flat,
-        PDL=pdl, num_warps=plan.num_warps, num_stages=plan.num_stages, **options,
+        num_sequences, spec.scale, DIM=spec.head_dim, BLOCK_SIZE=cache.block_size, SOFTCAP=spec.softcap or 0.0,
+        ROWS=max(16, kept_rows), WIDTH=padded_dim(spec.head_dim), APART=plan.reduce_apart,
+        num_warps=plan.num_warps, num_stages=plan.num_stages, maxnreg=plan.registers, **shape, **launch,
     )  # fmt: skip
+    if plan.reduce_apart:
+        _combine_kernel[(spec.num_kv_heads, num_sequences)](
+            context_lens, starts, out, parts, stats, out.stride(0), num_sequences, programs,
+            num_warps=4, **shape, **launch,
+        )  # fmt: skip

@@ -364,7 +364,7 @@ def bracket(
         *parameters, maxima_rg, minima_rg, sums_rg, peaks, brackets[0], above[0], targets, tops, num_listed,
         vocab_size, num_groups, GROUPS=triton.next_power_of_2(num_groups), num_warps=8, **options,
     )  # fmt: skip
-    options["CHUNKS"] = triton.next_power_of_2(num_chunks)
+    options = {**options, "CHUNKS": triton.next_power_of_2(num_chunks)}
     grid = (num_chunks, num_rows)
     for index in range(NUM_PASSES):
         before = max(0, index - 1)  # the first pass takes the bounds as they are

@@ -28,6 +28,7 @@ CUDA_ALLOWED = ("ops/", "parallel/", "engine/graph.py", "engine/device_runner.py
 OPTIONAL = {"modelscope", "huggingface_hub"}
 LATE = {
     "cli/chat.py": {"turbolm.llm", "turbolm.remote", "turbolm.cli.terminal"},
+    "cli/serve.py": {"turbolm.server.run"},
     "cli/ui.py": {"turbolm.llm", "turbolm.ui.app", "turbolm.ui.chat"},
     "ops/select.py": {"turbolm.ops.cuda.ops"},
 }

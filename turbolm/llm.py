@@ -422,7 +422,8 @@ class LLM:
         given = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(given) != len(prompts):
             raise RequestError(
-                f"{len(given)} sampling parameters for {len(prompts)} prompts: give one for each, or one for all", "params"
+                f"{len(given)} sampling parameters for {len(prompts)} prompts: give one for each, or one for all",
+                "params",
             )
         streams = [self._llm._submit(prompt, own, deltas=False) for prompt, own in zip(prompts, given, strict=True)]
         with _count_bar("generating", len(prompts), self._show) as advance:

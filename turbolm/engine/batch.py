@@ -65,7 +65,7 @@ def lay_out(
     np.cumsum(counts, out=starts[1:])
     contexts = first_positions + counts
     max_context, max_query = int(contexts.max()), int(counts.max())
-    tables = np.zeros((len(items), -(-max_context // block_size)), np.int32)
+    tables = np.zeros((len(items), num_columns(max_context, block_size)), np.int32)
     for table, item, context in zip(tables, items, contexts.tolist(), strict=True):
         num_blocks = -(-context // block_size)
         table[:num_blocks] = item.sequence.blocks[:num_blocks]
@@ -90,6 +90,11 @@ def lay_out(
         num_decodes,
         chunks,
     )
+
+
+def num_columns(max_context: int, block_size: int) -> int:
+    """Of a block table. A multiple of 16: GPU kernels are compiled anew for row lengths that are not."""
+    return -(-max_context // (16 * block_size)) * 16
 
 
 def _token_ids(items: tuple[ScheduledSequence, ...], row_before: Mapping[Sequence, int] | None) -> list[int]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from turbolm.engine.batch import Ints, StepArrays, lay_out
+from turbolm.engine.batch import Ints, StepArrays, lay_out, num_columns
 from turbolm.engine.graph import DecodeGraphs, Forward, Limits
 from turbolm.engine.randomness import uniform
 from turbolm.engine.runner import Completed, compute_results, logit_rows_of, no_distribution
@@ -57,7 +57,7 @@ class DeviceRunner:
         self._sample_rows = sample_rows
         self._resolve_tokens = resolve_tokens
         self._sampler = Sampler()
-        self._table = SequenceTable(2 * limits.max_batch_size, -(-limits.max_context // block_size))
+        self._table = SequenceTable(2 * limits.max_batch_size, num_columns(limits.max_context, block_size))
         self._counting = np.arange(limits.max_batch_size + 1, dtype=np.int32)
         self._buffers = itertools.cycle([_PinnedBuffers(device) for _ in range(_NUM_BUFFERS)])
         self._last_tokens: Tensor | None = None  # int32 [r], of the last step that sampled
@@ -103,7 +103,7 @@ class DeviceRunner:
         ]
         contexts = positions + 1
         longest = int(contexts.max())
-        tables = self._table.block_tables[rows, : -(-longest // size)]
+        tables = self._table.block_tables[rows, : num_columns(longest, size)]
         counting = self._counting[: count + 1]
         slots = tables[counting[:-1], positions // size] * size + positions % size
         token_array = np.array(token_ids, np.int32)

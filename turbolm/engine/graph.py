@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from turbolm.engine.batch import Ints, StepArrays
+from turbolm.engine.batch import Ints, StepArrays, num_columns
 from turbolm.ops import LayerCache, Ops
 from turbolm.ops.cpu.ops import CpuOps
 from turbolm.ops.cpu.plan import NotRecordableError, Plan, PlanRecorder
@@ -110,7 +110,7 @@ class DecodeGraphs:
         self._forward = forward
         self._limits = limits
         self._device = device
-        self._columns = -(-limits.max_context // block_size)
+        self._columns = num_columns(limits.max_context, block_size)
         self._sizes = graph_sizes(limits.max_batch_size)
         contexts = {limits.max_context, min(limits.max_context, _SHORT_CONTEXT)}
         self._pending = sorted(itertools.product(contexts, self._sizes))  # captured from the end on

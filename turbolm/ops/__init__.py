@@ -75,9 +75,10 @@ class LayerCache:
 class PreparedLinear(Protocol):
     """A weight matrix in the layout of the backend that made it."""
 
-    out_features: int
-    in_features: int
-
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def in_features(self) -> int: ...
     @property
     def num_bytes(self) -> int: ...
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from turbolm.ops import sampling as reference
 from turbolm.ops.triton import filters
+from turbolm.ops.triton.launch import pdl_options
 from turbolm.ops.triton.sampling import argmax, sample
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy, where a GPU is silent
@@ -163,6 +164,13 @@ def test_argmax(vocabulary: int) -> None:
     expected = logits.argmax(-1)
     expected[1] = vocabulary // 2
     assert torch.equal(argmax(logits).long(), expected)
+
+
+def test_launch_options_stay_as_they_are() -> None:
+    """They are made once per device: what one kernel's launch adds, the next one's would refuse on a GPU."""
+    before = dict(pdl_options(DEVICE))
+    sample(logits_of(1, 100, 1.0, 0), *columns([(1.0, 5, 0.9, 0.0)], torch.tensor([0.5])))
+    assert pdl_options(DEVICE) == before
 
 
 def test_rows_without_a_distribution() -> None:

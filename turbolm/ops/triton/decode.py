@@ -20,7 +20,6 @@ from torch import Tensor
 from turbolm.ops import AttentionSpec, LayerCache
 from turbolm.ops.triton.tiles import attend_tile, find_blocks, load_keys, load_values, padded_count, padded_dim
 
-
 SHORT_CONTEXT = 1024
 
 

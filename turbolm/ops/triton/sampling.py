@@ -136,7 +136,7 @@ def _choose_group(masses, group, num_groups, x_list, ids, has_ids, size, low, hi
     return last, (target - before.to(tl.float64)) / (until - before).to(tl.float64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_groups"])  # Triton 3.6 fails to compile it where it knows that there is one
 def _choose_kernel(
     logits, temperature, top_k, top_p, min_p, uniform, maxima, group_tokens, sums,
     brackets, above, targets, values, ids, num_listed, kept, out, row_stride, vocab_size, num_groups,

@@ -83,8 +83,7 @@ class BuildNative(build_ext):
                 raise SystemExit(1) from error
 
     def build_extension(self, ext: Extension) -> None:
-        folder = Path(self.build_temp)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = object_folder(Path(self.build_temp))
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         compiler = [*shlex.split(os.environ.get("CXX", "c++")), *shlex.split(os.environ.get("CXXFLAGS", ""))]
@@ -96,9 +95,13 @@ class BuildNative(build_ext):
             if suffix in SUFFIXES and suffix not in sets:
                 return None
             output = folder / f"{source.stem}.o"
-            if self.force or not is_fresh(output):
-                flags = [*COMPILE_FLAGS, *defines, *sets.get(suffix, []), "-MMD"]
-                call([*compiler, *flags, "-c", str(source), "-o", str(output)])
+            flags = [*COMPILE_FLAGS, *defines, *sets.get(suffix, []), "-MMD"]
+            command = [*compiler, *flags, "-c", str(source), "-o", str(output)]
+            note = output.with_suffix(".command")
+            if self.force or not is_fresh(output) or not note.exists() or note.read_text() != shlex.join(command):
+                note.unlink(missing_ok=True)
+                call(command)
+                note.write_text(shlex.join(command))
             return output
 
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -108,6 +111,17 @@ class BuildNative(build_ext):
             linked = Path(scratch) / target.name
             call([*compiler, *LINK_FLAGS, *objects, "-o", str(linked)])
             linked.replace(target)
+
+
+def object_folder(fallback: Path) -> Path:
+    """Where object files stay from one installation to the next: pip makes a new `fallback` each time."""
+    folder = ROOT / "build" / "native"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        folder = fallback
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def is_fresh(output: Path) -> bool:

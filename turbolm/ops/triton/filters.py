@@ -170,6 +170,7 @@ def _bound_kernel(
     is_group = group < num_groups
     maxima_g = tl.load(maxima + place, mask=is_group, other=float("-inf"))
     has_nan = tl.max((maxima_g != maxima_g).to(tl.int32), 0)  # noqa: PLR0124
+    maxima_g = tl.where(maxima_g != maxima_g, float("-inf"), maxima_g)  # noqa: PLR0124
     top = tl.max(maxima_g, 0)
     if (t > 0) & has_any & (has_nan == 0) & (tl.abs(top) < float("inf")):
         inverse = inverse_of(t)

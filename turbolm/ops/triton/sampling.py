@@ -58,6 +58,7 @@ def _group_kernel(
     await_inputs(PDL)
     x = tl.load(logits + row.to(tl.int64) * row_stride + token, mask=token < vocab_size, other=float("-inf"))
     is_nan = tl.max((x != x).to(tl.int32), 1)  # noqa: PLR0124
+    x = tl.where(x != x, float("-inf"), x)  # noqa: PLR0124
     top, index = tl.max(x, 1, return_indices=True)
     tl.store(maxima + place, tl.where(is_nan > 0, float("nan"), top), mask=is_group)
     tl.store(tokens + place, group * GROUP + index, mask=is_group)
@@ -149,6 +150,7 @@ def _choose_kernel(
     await_inputs(PDL)
     tops = tl.load(maxima + row * num_groups + group, mask=is_group, other=float("-inf"))
     num_nan = tl.sum((tops != tops).to(tl.int32), 0)  # noqa: PLR0124
+    tops = tl.where(tops != tops, float("-inf"), tops)  # noqa: PLR0124
     top, best = tl.max(tops, 0, return_indices=True)
     is_valid = (num_nan == 0) & (top > float("-inf"))
     token = tl.load(group_tokens + row * num_groups + best)

@@ -93,8 +93,8 @@ def lay_out(
 
 
 def num_columns(max_context: int, block_size: int) -> int:
-    """Of a block table. A multiple of 16: GPU kernels are compiled anew for row lengths that are not."""
-    return -(-max_context // (16 * block_size)) * 16
+    """Of a block table."""
+    return -(-max_context // block_size)
 
 
 def _token_ids(items: tuple[ScheduledSequence, ...], row_before: Mapping[Sequence, int] | None) -> list[int]:

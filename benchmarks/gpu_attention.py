@@ -168,7 +168,7 @@ def time_decode(bandwidth: float, block_sizes: list[int], alternatives: bool) ->
     for block_size, (spec, count, context) in itertools.product(block_sizes, DECODE):
         num_bytes = count * context * spec.num_kv_heads * (spec.head_dim + spec.v_head_dim) * 2
         step = make_step(spec, [(1, context)] * count, block_size, min(160, -(-COLD_BYTES // num_bytes)))
-        rule = plan_decode(spec, 2, gpu().num_sms, gpu().shared_memory, count, context)
+        rule = plan_decode(spec, step[2][0], gpu().num_sms, gpu().shared_memory, count, context)
         plans = [rule]
         if alternatives and block_size == block_sizes[0]:
             plans += [replace(rule, programs=gpu().num_sms * n) for n in (1, 2, 4, 6)]

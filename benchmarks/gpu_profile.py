@@ -76,7 +76,7 @@ class Decoding:
         self._engine.wait_until_warm()
         rng = np.random.default_rng([streams, context])
         params = SamplingParams(max_tokens=num_tokens, temperature=temperature, ignore_eos=True)
-        prompts = rng.integers(0, model.vocab_size, (streams, context)).tolist()
+        prompts = rng.integers(0, model.text.vocab_size, (streams, context)).tolist()
         self._engine.submit([Request(str(i), tuple(prompt), params) for i, prompt in enumerate(prompts)])
 
     def __enter__(self) -> Decoding:

@@ -100,7 +100,7 @@ class Bench:
     def __init__(self, llm: AsyncLLM, model: str, clock: Clock, options: argparse.Namespace) -> None:
         self.llm, self.model, self.clock, self.must = llm, model, clock, options.must
         self.is_greedy, self.is_streaming = options.greedy, options.stream
-        kv_dtype = llm.config.kv_dtype
+        kv_dtype = str(llm.config.kv)
         self.costs = costs_of(options.model, KV_BYTES.get(kv_dtype, 2.0))
         self.suffix = f", KV cache {kv_dtype}" if KV_BYTES.get(kv_dtype, 2.0) < 2 else ""
         self.slowness: dict[str, float] = {}

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PAGES = {"README.md": "en", "README.zh-CN.md": "zh", "docs/benchmarks.md": "en", "docs/cpu_benchmarks.md": "en"}
+PAGES = {
+    "README.md": "en", "README.zh-CN.md": "zh", "docs/benchmarks.md": "en", "docs/cpu_benchmarks.md": "en",
+    "docs/quality.md": "en",
+}  # fmt: skip
 WORDS = {
     "en": {
         "workload": "tokens per second", "ratio": "ratio", "on": "on", "cores": "cores", "row": "workload",
@@ -127,8 +130,28 @@ def gpu_peers(model: str) -> str:
     return "\n".join(lines)
 
 
+def quality(name: str) -> str:
+    """What compression costs: from quality.py."""
+    if not has_result(name):
+        return "Not measured yet."
+    record = result(name)
+    heads = ("weights", "bits per weight", "perplexity", "KL, mean", "KL, 99%", "same likeliest token", "same tokens")
+    lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
+    for case, row in record["rows"].items():
+        cells = (
+            case, f"{row['bits']:.2f}" if "bits" in row else "16", f"{row['perplexity']:.2f}", f"{row['kl_mean']:.4f}",
+            f"{row['kl_99']:.3f}", f"{row['same_top_1']:.1%}", f"{row['diverges_after']:.1f}",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    machine = record["machine"]
+    device = machine["gpus"][0] if machine["gpus"] else machine["cpu"]
+    about = f"{record['model']}; perplexity of {record['windows']} windows of 512 tokens of {record['text']}; "
+    return "\n".join([*lines, "", f"<sub>{about}{device}, {machine['date'][:10]}</sub>"])
+
+
 GPU_MODELS = ("llama-3-8b", "llama-2-7b-awq", "qwen3-0.6b")
 TABLES = {
+    **{f"quality-{name}": lambda _, name=name: quality(f"quality_{name}") for name in ("smollm2", "qwen2_5_coder")},
     "llamacpp": lambda _: against_llamacpp(),
     "cpu-context": lambda _: cpu_context(),
     "cpu-start": lambda _: cpu_start(),

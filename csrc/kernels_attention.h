@@ -12,153 +12,80 @@
 #pragma once
 
 #include "kernels_attention_blocks.h"
+#include "kernels_attention_units.h"
 #include "kernels_rotary.h"
 
 namespace turbolm {
 namespace {
 
-constexpr int kMaxRows = 48;
-constexpr int kVectors = kKeyBlock / kLanes;
-
-TURBOLM_INLINE int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-// Result of some keys for some rows: softmax = weighted / sum, relative to e^top.
-struct Partial {
-    float* top;       // [rows]
-    float* sum;       // [rows]
-    float* weighted;  // [rows, padded v_head_dim]
-};
-
-// Memory of one thread, and of partial results that cross threads; both in floats.
-struct Layout {
-    int64_t padded_v, q, scores, k_stage, v_stage, state, thread_floats, partial_floats;
-
-    explicit Layout(const HeadShape& shape) {
-        padded_v = round_up(shape.v_head_dim, kLanes);
-        partial_floats = round_up(kMaxRows * (padded_v + 2), kLanes);
-        q = 0;
-        scores = q + round_up(kMaxRows * shape.head_dim, kLanes);
-        k_stage = scores + kMaxRows * kKeyBlock;
-        v_stage = k_stage + static_cast<int64_t>(shape.head_dim) * kChunk * kLanes;
-        state = v_stage + kKeyBlock * padded_v;
-        thread_floats = state + 2 * partial_floats;  // the folded state and the current block
-    }
-};
-
-Partial partial_at(float* memory, int64_t rows) { return {memory, memory + rows, memory + 2 * rows}; }
-
-struct Unit {
-    int64_t sequence, kv_head;
-    int64_t first_row, num_rows;  // of the sequence's (query, head of the group) pairs
-    int64_t context, num_queries;
-    int64_t first_key, end_key;  // that any row sees
-    int64_t first_block, end_block;
-    int64_t first_cost, row_cost;  // cost of all units before; cost of a vector of keys
-
-    int64_t cost_at(int64_t block) const {
-        const int64_t key = block * kKeyBlock < end_key ? block * kKeyBlock : round_up(end_key, kLanes);
-        return first_cost + (key - first_block * kKeyBlock) / kLanes * row_cost;
-    }
-};
-
-// Calls visit(unit) for the units whose cost range meets [begin, end); returns the cost of all.
-template <class Visit>
-TURBOLM_INLINE int64_t each_unit(const Attention& op, const Step& step, int64_t begin, int64_t end, const Visit& visit) {
-    const int64_t kv_heads = op.shape.num_kv_heads, group = op.shape.num_heads / kv_heads;
-    int64_t cost = 0;
-    Unit unit;
-    for (unit.sequence = 0; unit.sequence < step.num_sequences; ++unit.sequence) {
-        unit.context = step.context_lens[unit.sequence];
-        unit.num_queries = step.query_start[unit.sequence + 1] - step.query_start[unit.sequence];
-        const int64_t rows = unit.num_queries * group, cached = unit.context - unit.num_queries;
-        for (unit.first_row = 0; unit.first_row < rows; unit.first_row += kMaxRows) {
-            unit.num_rows = rows - unit.first_row < kMaxRows ? rows - unit.first_row : kMaxRows;
-            const int64_t first_query = cached + unit.first_row / group;
-            const int64_t window_start = op.window > 0 ? first_query + 1 - op.window : 0;
-            unit.first_key = window_start > 0 ? window_start : 0;
-            unit.end_key = cached + (unit.first_row + unit.num_rows - 1) / group + 1;
-            unit.first_block = unit.first_key / kKeyBlock;
-            unit.end_block = (unit.end_key + kKeyBlock - 1) / kKeyBlock;
-            unit.row_cost = unit.num_rows + 4;  // reading K and V costs as much as 4 rows
-            unit.first_cost = 0;
-            const int64_t unit_cost = unit.cost_at(unit.end_block);
-            if (cost + unit_cost * kv_heads > begin && cost < end) {
-                for (unit.kv_head = 0; unit.kv_head < kv_heads; ++unit.kv_head) {
-                    unit.first_cost = cost + unit.kv_head * unit_cost;
-                    if (unit.first_cost + unit_cost > begin && unit.first_cost < end) visit(unit);
-                }
-            }
-            cost += unit_cost * kv_heads;
-        }
-    }
-    return cost;
-}
-
-// First block of the unit that starts at or after this cost.
-TURBOLM_INLINE int64_t block_from(const Unit& unit, int64_t cost) {
-    if (cost <= unit.first_cost) return unit.first_block;
-    const int64_t block_cost = kVectors * unit.row_cost;
-    const int64_t block = unit.first_block + (cost - unit.first_cost + block_cost - 1) / block_cost;
-    return block < unit.end_block ? block : unit.end_block;
-}
-
-template <class T>
 struct Attend {
     const Attention& op;
     const Step& step;
     const Team& team;
     const Layout layout;
+    const KvPool& pool;
     const int64_t group, d, dv, block_size, lanes_of_k, max_blocks;
+    const int64_t key_bytes, value_bytes, ahead_step;  // of values for each cache line of keys
+    const int block_bits;   // block_size is a power of two: no divisions
     const bool is_fused;    // with rotary_store
     float* const memory;    // of this thread
     float* const crossing;  // partial results of units cut between threads: [thread of its first block, block]
 
     Attend(const Attention& op, const Step& step, const Team& team)
-        : op(op), step(step), team(team), layout(op.shape),
+        : op(op), step(step), team(team), layout(op.shape), pool(op.pool),
           group(op.shape.num_heads / op.shape.num_kv_heads), d(op.shape.head_dim), dv(op.shape.v_head_dim),
-          block_size(op.pool.block_size), lanes_of_k(block_size < kLanes ? block_size : kLanes),
+          block_size(pool.block_size), lanes_of_k(block_size < kLanes ? block_size : kLanes),
           max_blocks((op.max_context + kKeyBlock - 1) / kKeyBlock),
+          key_bytes(bytes_of(pool.k_type, d)), value_bytes(bytes_of(pool.v_type, dv)),
+          ahead_step(64 * value_bytes / key_bytes),
+          block_bits(__builtin_ctz(static_cast<unsigned>(pool.block_size))),
           is_fused(op.rotary != nullptr && is_lone(step)),
           memory(reinterpret_cast<float*>(op.workspace) + team.thread * layout.thread_floats),
           crossing(reinterpret_cast<float*>(op.workspace) + team.num_threads * layout.thread_floats) {}
 
+    // The key's number among all tokens of all blocks and heads of the pool.
+    int64_t token_at(const Unit& unit, int64_t key) const {
+        const int64_t block = step.block_tables[unit.sequence * step.table_stride + (key >> block_bits)];
+        return ((block * op.shape.num_kv_heads + unit.kv_head) << block_bits) + (key & (block_size - 1));
+    }
+
     // The group of keys that `key` begins, all dimensions.
-    const T* k_group(const Unit& unit, int64_t key) const {
-        const int64_t block = step.block_tables[unit.sequence * step.table_stride + key / block_size];
-        const int64_t head = block * op.shape.num_kv_heads + unit.kv_head;
-        return static_cast<const T*>(op.pool.k) + (head * block_size + key % block_size) * d;
+    const char* k_group(const Unit& unit, int64_t key) const {
+        return static_cast<const char*>(pool.k) + token_at(unit, key) * key_bytes;
     }
 
-    const T* v_row(const Unit& unit, int64_t key) const {
-        const int64_t block = step.block_tables[unit.sequence * step.table_stride + key / block_size];
-        const int64_t head = block * op.shape.num_kv_heads + unit.kv_head;
-        return static_cast<const T*>(op.pool.v) + (head * block_size + key % block_size) * dv;
+    const char* v_row(const Unit& unit, int64_t key) const {
+        return static_cast<const char*>(pool.v) + token_at(unit, key) * value_bytes;
     }
 
-    // The unit's rows of q, scaled; of a lone token turned before, as rotary_store does it.
+    // The unit's rows of q, scaled, and their sums; of a lone token turned before, as rotary_store does it.
     void load_queries(const Unit& unit) const {
         const int64_t width = (op.shape.num_heads + op.shape.num_kv_heads) * d + op.shape.num_kv_heads * dv;
         const float* first = op.qkv + step.query_start[unit.sequence] * width + unit.kv_head * group * d;
-        const Vec scale = Vec::all(op.scale);
+        const Vec scale = Vec::all(op.scale * unit_of(pool.k_type));
         float* q = memory + layout.q;
         for (int64_t i = 0; i < unit.num_rows; ++i, q += d) {
             const int64_t row = unit.first_row + i;
             const float* source = first + row / group * width + row % group * d;
             if (is_fused) {
                 __builtin_memcpy(q, source, d * sizeof(float));
-                TokenRow<T>{*op.rotary}.turn(q, op.rotary->q_norm, step.positions[0]);
+                TokenRow{*op.rotary}.turn(q, op.rotary->q_norm, step.positions[0]);
                 source = q;
             }
+            Vec total = Vec::zero();
             for (int64_t j = 0; j < d; j += kLanes) {
                 const int count = static_cast<int>(d - j < kLanes ? d - j : kLanes);
-                (Vec::load_first(source + j, count) * scale).store_first(q + j, count);
+                const Vec scaled = Vec::load_first(source + j, count) * scale;
+                scaled.store_first(q + j, count);
+                total = total + scaled;
             }
+            memory[layout.q_sums + i] = sum(total);
         }
     }
 
     // The lone token's key and value into the pool: by the thread that attends the block they are in.
     void store_token(const Unit& unit) const {
-        const TokenRow<T> rows{*op.rotary};
+        const TokenRow rows{*op.rotary};
         const float* key = op.qkv + (rows.num_heads + unit.kv_head) * d;
         const float* value = op.qkv + (rows.num_heads + rows.num_kv_heads) * d + unit.kv_head * dv;
         float* turned = memory + layout.k_stage;
@@ -168,7 +95,34 @@ struct Attend {
         rows.store_value(value, unit.kv_head, step.slots[0]);
     }
 
-    // Scores of keys [first, first + 16 * num_vectors).
+    // Scales and minimums of keys [first, first + 16 * num_vectors), 0 past the context's end, to
+    // target[0 .. 128) and target[128 .. 256).
+    void load_ranges(const Unit& unit, const uint16_t* scales, int64_t first, int num_vectors, float* target) const {
+        for (int c = 0; c < num_vectors; ++c, target += kLanes) {
+            const int64_t key = first + c * kLanes, left = unit.end_key - key;
+            const uint16_t* source = scales + 2 * token_at(unit, key);
+            if (left > kKeyBlock) __builtin_prefetch(scales + 2 * token_at(unit, key + kKeyBlock));
+            uint16_t halves[2 * kLanes] = {};
+            if (lanes_of_k < kLanes) {
+                source = join_halves(source, left > 8 ? scales + 2 * token_at(unit, key + 8) : nullptr, halves);
+            }
+            const int valid = static_cast<int>(left < kLanes ? left : kLanes);
+            store(Vec::between(Vec::load_f16(source), 0, valid, Vec::zero()), target);
+            store(Vec::between(Vec::load_f16(source + kLanes), 0, valid, Vec::zero()), target + kKeyBlock);
+        }
+    }
+
+    // 8 scales and 8 minimums, and as many of the next keys, as 16 scales and 16 minimums.
+    static const uint16_t* join_halves(const uint16_t* first, const uint16_t* second, uint16_t* joined) {
+        for (int i = 0; i < 2; ++i) {
+            __builtin_memcpy(joined + 16 * i, first + 8 * i, 16);
+            if (second != nullptr) __builtin_memcpy(joined + 16 * i + 8, second + 8 * i, 16);
+        }
+        return joined;
+    }
+
+    // Scores of keys [first, first + 16 * num_vectors), of codes alone where keys are coded.
+    template <class T>
     void score(const Unit& unit, int64_t first, int num_vectors) const {
         const float* q = memory + layout.q;
         float* scores = memory + layout.scores;
@@ -176,55 +130,63 @@ struct Attend {
         const bool is_staged = lanes_of_k < kLanes || (sizeof(T) < 4 && unit.num_rows > Vec::block_rows);
         for (int begin = 0; begin < num_vectors; begin += kChunk) {
             const int count = num_vectors - begin < kChunk ? num_vectors - begin : kChunk;
-            const T *source[kChunk], *values[kChunk];
+            KeyGroup<T> groups[kChunk];
             for (int c = 0; c < count; ++c) {
                 const int64_t key = first + (begin + c) * kLanes;
-                source[c] = k_group(unit, key);
-                values[c] = is_staged ? nullptr : v_row(unit, key);
+                groups[c] = {reinterpret_cast<const T*>(k_group(unit, key)), v_row(unit, key)};
             }
             if (!is_staged) {
-                score_chunk<T>(q, unit.num_rows, d, source, kLanes, values, count, scores + begin * kLanes);
+                score_chunk<T>(q, unit.num_rows, d, groups, kLanes, ahead_step, count, scores + begin * kLanes);
                 continue;
             }
             float* stage = memory + layout.k_stage;
-            const float* staged[kChunk];
+            KeyGroup<float> staged[kChunk];
             for (int c = 0; c < count; ++c) {
                 const int64_t key = first + (begin + c) * kLanes;
-                staged[c] = stage + c * kLanes;
-                if (lanes_of_k == kLanes) {
-                    for (int64_t i = 0; i < d; ++i) store(load(source[c] + i * kLanes), stage + (i * kChunk + c) * kLanes);
-                } else {
-                    stage_halves(source[c], key + 8 < unit.end_key ? k_group(unit, key + 8) : source[c], stage + c * kLanes);
-                }
+                staged[c] = {stage + c * kLanes, nullptr};
+                const bool has_second = lanes_of_k < kLanes && key + lanes_of_k < unit.end_key;
+                const char* second = has_second ? k_group(unit, key + lanes_of_k) : nullptr;
+                stage_keys(groups[c], reinterpret_cast<const T*>(second), stage + c * kLanes);
             }
-            score_chunk<float>(q, unit.num_rows, d, staged, kChunk * kLanes, staged, count, scores + begin * kLanes);
+            score_chunk<float>(q, unit.num_rows, d, staged, kChunk * kLanes, 0, count, scores + begin * kLanes);
         }
     }
 
-    // Two groups of 8 keys side by side.
-    void stage_halves(const T* low, const T* high, float* stage) const {
-        for (int64_t i = 0; i < d; ++i) {
-            T both[kLanes];
-            __builtin_memcpy(both, low + i * 8, 8 * sizeof(T));
-            __builtin_memcpy(both + 8, high + i * 8, 8 * sizeof(T));
-            store(load(both), stage + i * kChunk * kLanes);
+    // A group of 16 keys, or two of 8 side by side (the second may be null), as floats.
+    template <class T>
+    void stage_keys(const KeyGroup<T>& first, const T* second, float* stage) const {
+        for (int64_t i = 0; i < d / kPerItem<T>; ++i) {
+            fetch_ahead(first, i, ahead_step);
+            T both[kLanes] = {};
+            const T* items = first.k + i * kLanes;
+            if (lanes_of_k < kLanes) {
+                __builtin_memcpy(both, first.k + i * 8, 8 * sizeof(T));
+                if (second != nullptr) __builtin_memcpy(both + 8, second + i * 8, 8 * sizeof(T));
+                items = both;
+            }
+            for (int half = 0; half < kPerItem<T>; ++half) {
+                store(load_half(items, half), stage + (i * kPerItem<T> + half) * kChunk * kLanes);
+            }
         }
     }
 
-    // Scores to weights e^(score - top), 0 for keys that a row doesn't see.
+    // Scores to weights e^(score - top), 0 for keys that a row doesn't see. Where values are coded, the weights
+    // are those of their codes, and `starts` gets what the minimums add.
     void soften(const Unit& unit, int64_t first, int num_vectors, const Partial& out) const {
-        const int64_t cached = unit.context - unit.num_queries;
+        const int64_t cached = unit.context - unit.num_queries, bound = num_vectors * kLanes;
+        const float *k_range = memory + layout.k_range, *v_range = memory + layout.v_range;
+        const bool has_k_range = is_coded(pool.k_type), has_v_range = is_coded(pool.v_type);
+        int64_t position = cached + unit.first_row / group, head = unit.first_row % group;
         for (int64_t i = 0; i < unit.num_rows; ++i) {
             float* scores = memory + layout.scores + i * kKeyBlock;
-            const int64_t position = cached + (unit.first_row + i) / group;
-            const int64_t bound = num_vectors * kLanes;
             int64_t end = position + 1 - first, begin = op.window > 0 ? end - op.window : 0;
             end = end < bound ? end : bound;
             begin = begin > 0 ? begin : 0;
-            const Vec nothing = Vec::all(-kInfinity);
+            const Vec nothing = Vec::all(-kInfinity), q_sum = Vec::all(memory[layout.q_sums + i]);
             Vec tops = nothing;
             for (int64_t j = 0; j < bound; j += kLanes) {
                 Vec s = load(scores + j);
+                if (has_k_range) s = Vec::fma(s, load(k_range + j), q_sum * load(k_range + kKeyBlock + j));
                 if (op.softcap > 0.0f) s = cap(s, op.softcap);
                 if (j < begin || j + kLanes > end) {
                     s = Vec::between(s, static_cast<int>(begin - j), static_cast<int>(end - j), nothing);
@@ -235,53 +197,82 @@ struct Attend {
             const float top = largest(tops);
             out.top[i] = top;
             const Vec shift = Vec::all(top == -kInfinity ? 0.0f : top);
-            Vec total = Vec::zero();
+            Vec total = Vec::zero(), start = Vec::zero();
             for (int64_t j = 0; j < bound; j += kLanes) {
-                const Vec weight = exp(load(scores + j) - shift);
-                store(weight, scores + j);
+                Vec weight = exp(load(scores + j) - shift);
                 total = total + weight;
+                if (has_v_range) {
+                    start = Vec::fma(weight, load(v_range + kKeyBlock + j), start);
+                    weight = weight * load(v_range + j);
+                }
+                store(weight, scores + j);
             }
             out.sum[i] = sum(total);
+            memory[layout.starts + i] = sum(start);
+            if (++head == group) {
+                head = 0;
+                ++position;
+            }
         }
     }
 
     // Where the keys are that this thread attends, as a rule, a block after `key`, the first of a run of
     // values: in the same context or, past its end, at the start of the next kv head's. Or null.
-    const T* keys_after(const Unit& unit, int64_t key) const {
+    const char* keys_after(const Unit& unit, int64_t key) const {
         Unit next = unit;
         int64_t after = key + kKeyBlock;
         if (after >= unit.end_key) {
             if (++next.kv_head == op.shape.num_kv_heads) return nullptr;
             after = unit.first_block * kKeyBlock + key % kKeyBlock;
         }
-        return k_group(next, after / lanes_of_k * lanes_of_k);
+        return k_group(next, after & -lanes_of_k);
     }
 
+    template <class T>
     void weigh_values(const Unit& unit, int64_t first, int64_t end, const Partial& out) const {
-        const float* weights = memory + layout.scores;
+        const float *weights = memory + layout.scores, *start = memory + layout.starts;
         Run<T> runs[kKeyBlock / 8 + 1];
         int num_runs = 0;
         for (int64_t key = first; key < end;) {
-            const int64_t next = (key / block_size + 1) * block_size;
-            runs[num_runs] = {v_row(unit, key), keys_after(unit, key), (next < end ? next : end) - key};
+            const int64_t next = (key | (block_size - 1)) + 1;
+            const T* v = reinterpret_cast<const T*>(v_row(unit, key));
+            runs[num_runs] = {v, keys_after(unit, key), (next < end ? next : end) - key};
             key += runs[num_runs++].count;
         }
-        if (dv == layout.padded_v && (sizeof(T) == 4 || unit.num_rows <= Vec::block_rows)) {
-            weigh<T>(weights, unit.num_rows, runs, num_runs, dv, d * sizeof(T), out.weighted, layout.padded_v);
+        const bool is_whole = dv % (kLanes * kPerItem<T>) == 0;
+        if (is_whole && (sizeof(T) == 4 || unit.num_rows <= Vec::block_rows)) {
+            weigh<T>(weights, start, unit.num_rows, runs, num_runs, dv / kPerItem<T>, key_bytes, out.weighted,
+                     layout.padded_v);
             return;
         }
         float* stage = memory + layout.v_stage;
         float* target = stage;
         for (int run = 0; run < num_runs; ++run) {
             const T* v = runs[run].v;
-            for (int64_t i = 0; i < runs[run].count; ++i, v += dv, target += layout.padded_v) {
-                int64_t j = 0;
-                for (; j + kLanes <= dv; j += kLanes) store(load(v + j), target + j);
-                if (j < dv) store(load_first(v + j, static_cast<int>(dv - j)), target + j);
+            const char* ahead = runs[run].ahead;
+            for (int64_t i = 0; i < runs[run].count; ++i, v += dv / kPerItem<T>, target += layout.padded_v) {
+                ahead = fetch_key(ahead, key_bytes);
+                stage_value(v, target);
             }
         }
         const Run<float> staged{stage, nullptr, end - first};
-        weigh<float>(weights, unit.num_rows, &staged, 1, layout.padded_v, 0, out.weighted, layout.padded_v);
+        weigh<float>(weights, start, unit.num_rows, &staged, 1, layout.padded_v, 0, out.weighted, layout.padded_v);
+    }
+
+    // A value as floats, with zeros to the end of its last vector.
+    template <class T>
+    void stage_value(const T* v, float* target) const {
+        constexpr int per = kPerItem<T>;
+        int64_t j = 0;
+        for (; j + per * kLanes <= dv; j += per * kLanes) {
+            for (int half = 0; half < per; ++half) store(load_half(v + j / per, half), target + j + half * kLanes);
+        }
+        const int rest = static_cast<int>(dv - j) / per;
+        if (rest == 0) return;
+        T last[kLanes] = {};
+        __builtin_memcpy(last, v + j / per, rest * sizeof(T));
+        for (int64_t padding = j; padding < layout.padded_v; padding += kLanes) store(Vec::zero(), target + padding);
+        for (int half = 0; half < per; ++half) load_half(last, half).store_first(target + j + half * rest, rest);
     }
 
     // The keys of one block.
@@ -291,9 +282,11 @@ struct Attend {
         if (first < unit.first_key) first = unit.first_key / kLanes * kLanes;
         const int num_vectors = static_cast<int>((end - first + kLanes - 1) / kLanes);
         if (is_fused && block + 1 == unit.end_block) store_token(unit);
-        score(unit, first, num_vectors);
+        if (is_coded(pool.k_type)) load_ranges(unit, pool.k_scales, first, num_vectors, memory + layout.k_range);
+        if (is_coded(pool.v_type)) load_ranges(unit, pool.v_scales, first, num_vectors, memory + layout.v_range);
+        with_type(pool.k_type, [&](auto kept) { score<typename decltype(kept)::Item>(unit, first, num_vectors); });
         soften(unit, first, num_vectors, out);
-        weigh_values(unit, first, end, out);
+        with_type(pool.v_type, [&](auto kept) { weigh_values<typename decltype(kept)::Item>(unit, first, end, out); });
     }
 
     // state := state ⊕ block
@@ -324,7 +317,7 @@ struct Attend {
         float* first = op.y + step.query_start[unit.sequence] * width + unit.kv_head * group * dv;
         for (int64_t i = 0; i < unit.num_rows; ++i) {
             const int64_t row = unit.first_row + i;
-            const Vec scale = Vec::all(1.0f / state.sum[i]);
+            const Vec scale = Vec::all(unit_of(pool.v_type) / state.sum[i]);
             const float* weighted = state.weighted + i * layout.padded_v;
             float* y = first + row / group * width + row % group * dv;
             for (int64_t j = 0; j < dv; j += kLanes) {
@@ -383,13 +376,7 @@ struct Attend {
     }
 };
 
-void attention(const Attention& op, const Step& step, const Team& team) {
-    switch (op.pool.type) {
-        case CacheType::f32: return Attend<float>(op, step, team).run();
-        case CacheType::f16: return Attend<F16>(op, step, team).run();
-        case CacheType::bf16: return Attend<Bf16>(op, step, team).run();
-    }
-}
+void attention(const Attention& op, const Step& step, const Team& team) { Attend(op, step, team).run(); }
 
 int64_t attention_bytes(const HeadShape& shape, int64_t max_context, int num_threads) {
     const Layout layout(shape);

@@ -1,8 +1,7 @@
 // From the qkv projection to attention: norms and rotation of heads, and the store of keys and values.
 #pragma once
 
-#include "kernels_math.h"
-#include "ops.h"
+#include "kernels_cache.h"
 
 namespace turbolm {
 namespace {
@@ -47,31 +46,41 @@ TURBOLM_INLINE void rotate_head(float* x, const float* cos, const float* sin, in
     }
 }
 
-// One token's k into the pool: dimension i goes to target[i * group].
+// A head of one token into the pool: item i goes to target[i * stride].
 template <class T>
-TURBOLM_INLINE void store_strided(const float* x, int count, T* target, int64_t group) {
+TURBOLM_INLINE void store_items(const float* x, int count, const Range& range, bool, T* target, int64_t stride) {
     for (int i = 0; i < count; i += kLanes) {
         const int rest = count - i < kLanes ? count - i : kLanes;
-        T buffer[kLanes];
-        store(Vec::load_first(x + i, rest), buffer);
-        for (int j = 0; j < rest; ++j) target[(i + j) * group] = buffer[j];
+        T items[kLanes];
+        pack_items(x + i, rest, range, items);
+        for (int j = 0; j < rest; ++j) target[(i + j) * stride] = items[j];
     }
 }
 
-template <class T>
-TURBOLM_INLINE void store_row(const float* x, int count, T* target) {
-    int i = 0;
-    for (; i + kLanes <= count; i += kLanes) store(load(x + i), target + i);
-    if (i < count) store_strided(x + i, count - i, target + i, 1);
+// The pairs are neighbours, or the halves of each 32 numbers.
+TURBOLM_INLINE void store_items(const float* x, int count, const Range& range, bool are_neighbours, Int4* target,
+                                int64_t stride) {
+    for (int i = 0; i < count; i += 2 * kLanes) {
+        const int pairs = (count - i < 2 * kLanes ? count - i : 2 * kLanes) / 2;
+        const int step = are_neighbours ? 2 : 1, apart = are_neighbours ? 1 : pairs;
+        float first[kLanes], second[kLanes];
+        for (int j = 0; j < pairs; ++j) {
+            first[j] = x[i + j * step];
+            second[j] = x[i + j * step + apart];
+        }
+        Int4 items[kLanes];
+        pack_pairs(first, second, pairs, range, items);
+        for (int j = 0; j < pairs; ++j) target[(i / 2 + j) * stride] = items[j];
+    }
 }
 
 // One token's row of qkv: where its parts are, what is done to them, and where they go.
-template <class T>
 struct TokenRow {
     const RotaryStore& op;
     const int64_t d = op.shape.head_dim, dv = op.shape.v_head_dim;
     const int64_t num_heads = op.shape.num_heads, num_kv_heads = op.shape.num_kv_heads;
     const int64_t width = (num_heads + num_kv_heads) * d + num_kv_heads * dv;
+    const int64_t group = op.pool.block_size < kLanes ? op.pool.block_size : kLanes;  // of tokens, in k
 
     // Norm and rotation of a head of q or k, in place.
     TURBOLM_INLINE void turn(float* head, const float* norm, int64_t position) const {
@@ -82,22 +91,49 @@ struct TokenRow {
     }
 
     TURBOLM_INLINE void store_key(const float* key, int64_t kv_head, int64_t slot) const {
-        const int64_t block_size = op.pool.block_size, group = block_size < kLanes ? block_size : kLanes;
-        const int64_t offset = slot % block_size;
-        T* target = static_cast<T*>(op.pool.k) + (slot / block_size * num_kv_heads + kv_head) * block_size * d;
-        store_strided(key, static_cast<int>(d), target + offset / group * group * d + offset % group, group);
+        const int64_t token = token_at(kv_head, slot), lane = slot % group;
+        with_type(op.pool.k_type, [&](auto kept) {
+            using T = typename decltype(kept)::Item;
+            const Range range = choose_range(key, d, op.pool.k_type, op.pool.k_scales, token);
+            T* target = static_cast<T*>(op.pool.k) + (token - lane) * (d / kPerItem<T>) + lane;
+            store_items(key, static_cast<int>(d), range, true, target, group);
+        });
     }
 
     TURBOLM_INLINE void store_value(const float* value, int64_t kv_head, int64_t slot) const {
+        const int64_t token = token_at(kv_head, slot);
+        with_type(op.pool.v_type, [&](auto kept) {
+            using T = typename decltype(kept)::Item;
+            const Range range = choose_range(value, dv, op.pool.v_type, op.pool.v_scales, token);
+            T* target = static_cast<T*>(op.pool.v) + token * (dv / kPerItem<T>);
+            store_items(value, static_cast<int>(dv), range, false, target, 1);
+        });
+    }
+
+  private:
+    // Its number among all tokens of all blocks and heads.
+    TURBOLM_INLINE int64_t token_at(int64_t kv_head, int64_t slot) const {
         const int64_t block_size = op.pool.block_size;
-        const int64_t row = (slot / block_size * num_kv_heads + kv_head) * block_size + slot % block_size;
-        store_row(value, static_cast<int>(dv), static_cast<T*>(op.pool.v) + row * dv);
+        return (slot / block_size * num_kv_heads + kv_head) * block_size + slot % block_size;
+    }
+
+    // The range of the token's codes, which it stores; floats need none.
+    TURBOLM_INLINE Range choose_range(const float* x, int64_t count, CacheType type, uint16_t* scales,
+                                      int64_t token) const {
+        if (!is_coded(type)) return {};
+        const Range range = range_of(x, static_cast<int>(count), highest_code(type));
+        const int64_t lane = token % group;
+        F16 rounded[2][kLanes];
+        store(Vec::all(range.scale), rounded[0]);
+        store(Vec::all(range.minimum), rounded[1]);
+        scales[2 * (token - lane) + lane] = rounded[0]->bits;
+        scales[2 * (token - lane) + group + lane] = rounded[1]->bits;
+        return range;
     }
 };
 
-template <class T>
-void rotary_store_as(const RotaryStore& op, const Step& step, const Team& team) {
-    const TokenRow<T> rows{op};
+void rotary_store(const RotaryStore& op, const Step& step, const Team& team) {
+    const TokenRow rows{op};
     const int64_t heads = rows.num_heads, kv_heads = rows.num_kv_heads;
     const int64_t units = heads + 2 * kv_heads;  // per token: q heads, k heads, v heads
     int64_t first, last;
@@ -117,14 +153,6 @@ void rotary_store_as(const RotaryStore& op, const Step& step, const Team& team) 
             unit = 0;
             ++token;
         }
-    }
-}
-
-void rotary_store(const RotaryStore& op, const Step& step, const Team& team) {
-    switch (op.pool.type) {
-        case CacheType::f32: return rotary_store_as<float>(op, step, team);
-        case CacheType::f16: return rotary_store_as<F16>(op, step, team);
-        case CacheType::bf16: return rotary_store_as<Bf16>(op, step, team);
     }
 }
 

@@ -32,7 +32,7 @@ struct Step {
 enum class Opcode : int32_t {
     embedding, linear, rms_norm, add, rotary_store, attention, activate_multiply, gather, softcap, count,
 };
-enum class CacheType : int32_t { f32, f16, bf16 };
+enum class CacheType : int32_t { f32, f16, bf16, int8, int4, fp8 };
 enum class ActivationKind : int32_t { silu, gelu, gelu_tanh };
 
 // A step of one token is lone. Where its row is short work, every thread does all of it for itself
@@ -108,10 +108,16 @@ struct Add {
 // One layer's part of the KV pool. v: [block, kv head, token, v_head_dim]. k: [block, kv head,
 // token / group, head_dim, token % group], group = min(16, block_size): a vector holds one
 // dimension of a group of tokens, so scores need no transposition and no sum across lanes.
+// int4: a byte holds two dimensions, the first in its low half: of k, neighbours; of v, dimensions
+// i and i + n of each 2 n = 32 (of the rest, where head_dim is no multiple).
+// Scales of int8 and int4: [block, kv head, token / group, 2, token % group], scale and minimum.
 struct KvPool {
     void* k;
     void* v;
-    CacheType type;
+    uint16_t* k_scales;  // float16; or null
+    uint16_t* v_scales;
+    CacheType k_type;
+    CacheType v_type;
     int32_t block_size;
 };
 

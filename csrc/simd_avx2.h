@@ -18,6 +18,22 @@ struct Vec {
     static Vec load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
     static Vec load_f16(const uint16_t* p) { return {_mm256_cvtph_ps(half(p)), _mm256_cvtph_ps(half(p + 8))}; }
     static Vec load_bf16(const uint16_t* p) { return {widen(half(p)), widen(half(p + 8))}; }
+    static Vec load_u8(const uint8_t* p) {
+        return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight(p))),
+                _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight(p + 8)))};
+    }
+    static Vec load_u4(const uint8_t* p, int half) {
+        const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        const __m128i codes = _mm_and_si128(half != 0 ? _mm_srli_epi16(both, 4) : both, _mm_set1_epi8(15));
+        return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes)),
+                _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(codes, 8)))};
+    }
+    static Vec load_fp8(const uint8_t* p) {
+        const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(both), 7);
+        const __m256i halves = _mm256_and_si256(wide, _mm256_set1_epi16(static_cast<int16_t>(0xbf80)));
+        return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
+    }
     static Vec load_first(const float* p, int n) {
         return {_mm256_maskload_ps(p, first(n)), _mm256_maskload_ps(p + 8, first(n - 8))};
     }
@@ -77,6 +93,7 @@ struct Vec {
     }
 
   private:
+    static __m128i eight(const uint8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); }
     static __m128i half(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
     static __m256 widen(__m128i bf16) {
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bf16), 16));

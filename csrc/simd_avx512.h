@@ -24,6 +24,18 @@ struct Vec {
         const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
         return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
     }
+    static Vec load_u8(const uint8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes(p)))}; }
+    // The low (half 0) or high 4 bits of 16 bytes.
+    static Vec load_u4(const uint8_t* p, int half) {
+        const __m512 numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const __m512i wide = _mm512_cvtepu8_epi32(bytes(p));
+        return {_mm512_permutexvar_ps(half != 0 ? _mm512_srli_epi32(wide, 4) : wide, numbers)};
+    }
+    // 16 e4m3 floats / 256: their bits are those of such a half float. NaN reads as 480.
+    static Vec load_fp8(const uint8_t* p) {
+        const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes(p)), 7);
+        return {_mm512_cvtph_ps(_mm256_and_si256(wide, _mm256_set1_epi16(static_cast<int16_t>(0xbf80))))};
+    }
     // The first n (1 .. 16) lanes; the others are 0.
     static Vec load_first(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
     void store(float* p) const { _mm512_storeu_ps(p, value); }
@@ -72,6 +84,7 @@ struct Vec {
     }
 
   private:
+    static __m128i bytes(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
     static __mmask16 first(int n) {
         return static_cast<__mmask16>(n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1);
     }

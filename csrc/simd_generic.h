@@ -79,6 +79,21 @@ struct Vec {
         for (int i = 0; i < 16; ++i) lanes[i] = static_cast<uint32_t>(p[i]) << 16;
         return {reinterpret<Floats>(lanes)};
     }
+    static Vec load_u8(const uint8_t* p) {
+        float lanes[16];
+        for (int i = 0; i < 16; ++i) lanes[i] = static_cast<float>(p[i]);
+        return load(lanes);
+    }
+    static Vec load_u4(const uint8_t* p, int half) {
+        float lanes[16];
+        for (int i = 0; i < 16; ++i) lanes[i] = static_cast<float>(p[i] >> 4 * half & 15);
+        return load(lanes);
+    }
+    static Vec load_fp8(const uint8_t* p) {
+        uint16_t halves[16];
+        for (int i = 0; i < 16; ++i) halves[i] = static_cast<uint16_t>((p[i] & 0x80) << 8 | (p[i] & 0x7f) << 7);
+        return load_f16(halves);
+    }
     static Vec load_first(const float* p, int n) {
         float lanes[16] = {};
         for (int i = 0; i < n && i < 16; ++i) lanes[i] = p[i];

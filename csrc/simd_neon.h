@@ -32,6 +32,21 @@ struct Vec {
     static Vec load_bf16(const uint16_t* p) {
         return each([&](int i) { return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(vld1_u16(p + 4 * i)), 16)); });
     }
+    static Vec load_u8(const uint8_t* p) { return widen(vld1q_u8(p)); }
+    static Vec load_u4(const uint8_t* p, int half) {
+        const uint8x16_t both = vld1q_u8(p);
+        return widen(half != 0 ? vshrq_n_u8(both, 4) : vandq_u8(both, vdupq_n_u8(15)));
+    }
+    static Vec load_fp8(const uint8_t* p) {
+        const int8x16_t bits = vld1q_s8(reinterpret_cast<const int8_t*>(p));
+        const auto half = [](int8x8_t eight) {
+            const uint16x8_t wide = vreinterpretq_u16_s16(vshll_n_s8(eight, 7));
+            return vreinterpretq_f16_u16(vandq_u16(wide, vdupq_n_u16(0xbf80)));
+        };
+        const float16x8_t low = half(vget_low_s8(bits)), high = half(vget_high_s8(bits));
+        return {{vcvt_f32_f16(vget_low_f16(low)), vcvt_high_f32_f16(low), vcvt_f32_f16(vget_low_f16(high)),
+                 vcvt_high_f32_f16(high)}};
+    }
     static Vec load_first(const float* p, int n) {
         if (n >= 16) return load(p);
         float lanes[16] = {};
@@ -101,6 +116,13 @@ struct Vec {
             const uint32x4_t is_in = vbicq_u32(vcltq_s32(index, vdupq_n_s32(end)), is_before);
             return vbslq_f32(is_in, a.part[i], other.part[i]);
         });
+    }
+
+  private:
+    static Vec widen(uint8x16_t x) {
+        const uint16x8_t low = vmovl_u8(vget_low_u8(x)), high = vmovl_high_u8(x);
+        return {{vcvtq_f32_u32(vmovl_u16(vget_low_u16(low))), vcvtq_f32_u32(vmovl_high_u16(low)),
+                 vcvtq_f32_u32(vmovl_u16(vget_low_u16(high))), vcvtq_f32_u32(vmovl_high_u16(high))}};
     }
 };
 

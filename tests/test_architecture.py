@@ -10,27 +10,36 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "turbolm"
 LEVELS = (
-    {"errors", "env", "types", "config", "weights", "fields"},
+    {"errors", "env", "types", "config", "weights", "fields", "kv"},
     {"text", "ops", "hub", "parallel"},
     {"quant", "cache"},
     {"layers"},
     {"models"},
     {"engine", "compress"},
-    {"loading", "stream", "llm", "answer", "remote"},
-    {"lmdeploy", "server", "ui", "bench", "eval", "ladder", "cluster"},
+    {"loading", "stream", "delivery", "worker", "llm", "answer", "remote"},
+    {"lmdeploy", "server", "ui", "bench", "eval", "cluster"},
+    {"ladder"},
     {"cli"},
     {"__init__", "__main__"},
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-PEERS = ({"loading", "stream", "llm"}, {"errors", "env", "types", "config", "weights"})  # may import each other
-CUDA_ALLOWED = ("ops/", "parallel/", "engine/graph.py", "engine/device_runner.py")
+PEERS = (  # may import each other
+    {"loading", "stream", "delivery", "worker", "llm"},
+    {"errors", "env", "types", "config", "weights", "kv"},
+)
+CUDA_ALLOWED = ("ops/", "parallel/", "engine/graph.py", "engine/device_runner.py", "engine/step_device.py")
 # Optional packages, and those that take long to load and are not always needed, are imported where they are used.
-OPTIONAL = {"modelscope", "huggingface_hub"}
+OPTIONAL = {"modelscope", "huggingface_hub", "matplotlib", "datasets", "sacrebleu", "rouge_score", "lm_eval"}
 LATE = {
     "cli/chat.py": {"turbolm.llm", "turbolm.remote", "turbolm.cli.terminal"},
+    "cli/quantize.py": {"turbolm.compress.job"},
+    "cli/eval.py": {"turbolm.bench.record", "turbolm.eval.run"},
+    "cli/ladder.py": {"turbolm.ladder.run"},
     "cli/serve.py": {"turbolm.server.run"},
     "cli/ui.py": {"turbolm.llm", "turbolm.ui.app", "turbolm.ui.chat"},
-    "ops/select.py": {"turbolm.ops.cuda.ops"},
+    "llm.py": {"turbolm.loading"},
+    "ops/select.py": {"turbolm.ops.cuda.ops", "turbolm.ops.cuda.sharded"},
+    "parallel/peers.py": {"torch.distributed"},
 }
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -8,12 +8,13 @@ import pytest
 
 from turbolm.config import EngineConfig, Gpu, Hardware, ModelNeeds, format_size, parse_size, resolve
 from turbolm.errors import CapacityError, ConfigError
+from turbolm.kv import KvFormat, KvShape
 
 GIB = 1 << 30
 LAPTOP = Hardware("CPU", "x86_64", 4, ("avx2",), 16 * GIB, 8 * GIB, native="avx2")
 SERVER = replace(LAPTOP, gpus=(Gpu("H200", 141 * GIB, 140 * GIB, (9, 0)),))
-SMALL = ModelNeeds("small", 8192, 100 << 20, 135 << 20, 11520, 49152)
-LARGE = ModelNeeds("large", 32768, 4 * GIB, 7 * GIB, 65536, 152064)
+SMALL = ModelNeeds("small", 8192, 100 << 20, 135 << 20, (KvShape(3, 64, 64),) * 30, 49152)
+LARGE = ModelNeeds("large", 32768, 4 * GIB, 7 * GIB, (KvShape(8, 128, 128),) * 32, 152064)
 
 
 def test_auto_on_a_cpu_keeps_packed_weights_and_uses_native_kernels() -> None:
@@ -43,7 +44,7 @@ def test_auto_takes_a_gpu_where_there_is_one() -> None:
 
 def test_a_gpu_runs_its_own_kernels_unless_it_can_not() -> None:
     found = resolve(EngineConfig(), LARGE, SERVER)
-    assert (found.kernels, found.unpack, found.block_size) == ("native", True, 64)
+    assert (found.kernels, found.unpack, found.block_size) == ("native", False, 64)
     old = replace(SERVER, gpu_native_error="compute capability 7.5; they need 8.0")
     found = resolve(EngineConfig(), LARGE, old)
     assert found.kernels == "reference"
@@ -51,6 +52,20 @@ def test_a_gpu_runs_its_own_kernels_unless_it_can_not() -> None:
     with pytest.raises(ConfigError, match="7\\.5"):
         resolve(EngineConfig(kernels="native"), LARGE, old)
     assert resolve(EngineConfig(dtype="float32"), LARGE, SERVER).kernels == "reference"
+
+
+def test_a_gpu_keeps_int4_packed_and_unpacks_the_rest() -> None:
+    layers, others = 10**9, 10**8
+    model = replace(LARGE, num_parameters=layers + others, layer_parameters=layers, packed=("int4",))
+    for group, packed in ((128, 4 + 20 / 128), (32, 4 + 20 / 32)):
+        file = replace(model, packed_bytes=int(layers * packed / 8) + 2 * others)
+        found = resolve(EngineConfig(), file, SERVER).weight_bytes
+        kept = layers * (4 + 32 / group) / 8 + 2 * others
+        assert kept <= found <= 1.04 * kept
+    rounded = resolve(EngineConfig(weights="int4"), replace(model, packed=()), SERVER)
+    assert rounded.weight_bytes == layers * 17 // 32 + 2 * others
+    blocks = resolve(EngineConfig(), replace(model, packed=("int4", "q5_0")), SERVER)
+    assert blocks.weight_bytes == 2 * (layers + others)
 
 
 def test_a_gpu_keeps_memory_for_what_a_step_holds() -> None:
@@ -80,6 +95,50 @@ def test_the_context_shrinks_to_the_memory_only_where_nobody_asked_for_it() -> N
         resolve(EngineConfig(max_context=1 << 20), needs, LAPTOP)
 
 
+def test_a_quantized_kv_cache_holds_more_tokens_in_the_same_memory() -> None:
+    """Per head and token of 128 dimensions: 512 bytes in bfloat16; 128 + 4 each for keys and values in int8."""
+    plain = resolve(EngineConfig(kv_memory="4G"), LARGE, SERVER)
+    for kv, num_bytes in (("int8", 264), ("fp8", 256), ("int4", 136), ("int8:k,int4:v", 200), ("int4:v", 324)):
+        found = resolve(EngineConfig(kv=kv, kv_memory="4G"), LARGE, SERVER)
+        assert found.kv_bytes_per_token == 32 * 8 * num_bytes
+        assert found.pool_tokens == (4 * GIB // found.kv_bytes_per_token) // 64 * 64 > 1.5 * plain.pool_tokens
+        text = f"KV cache in {found.kv}: {32 * 8 * num_bytes} bytes per token, instead of 131072 in bfloat16"
+        assert text in found.reasons
+
+
+def test_layers_of_the_kv_cache_may_stay_unquantized() -> None:
+    found = resolve(EngineConfig(kv="int8", kv_skip_layers="0, 1,-1,31"), LARGE, SERVER)
+    assert found.kv == KvFormat("int8", "int8", "bfloat16", (0, 1, 31))
+    assert found.kv_bytes_per_token == 8 * (29 * 264 + 3 * 512)
+    assert any("layers 0, 1, 31 in bfloat16" in reason for reason in found.reasons)
+    assert found.kv.of_layer(31) == ("bfloat16", "bfloat16")
+    assert found.kv.of_layer(30) == ("int8", "int8")
+
+
+@pytest.mark.parametrize(
+    ("options", "model", "hardware", "words"),
+    [
+        ({"kv": "int8", "kv_skip_layers": "32"}, LARGE, LAPTOP, "the model has 32 layers: 0 to 31, or -32 to -1"),
+        ({"kv_skip_layers": "0"}, LARGE, LAPTOP, "set kv to int8, int4 or fp8 too"),
+        ({"kv": "int4"}, replace(LARGE, kv_layers=(KvShape(8, 72, 72),)), LAPTOP, "use float16 or int8 or fp8"),
+        ({"kv": "int8"}, replace(LARGE, kv_layers=(KvShape(8, 128, 50),)), LAPTOP, "heads of 50; use float16"),
+        ({"kv": "float16"}, LARGE, SERVER, "store bfloat16, int8, int4, fp8; use one of them"),
+        ({"kv": "fp8"}, LARGE, replace(SERVER, gpus=(Gpu("A100", 80 * GIB, 79 * GIB, (8, 0)),)), "int8, int4; use"),
+    ],
+)  # fmt: skip
+def test_kv_formats_that_do_not_fit_are_refused_with_those_that_do(
+    options: dict, model: ModelNeeds, hardware: Hardware, words: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(EngineConfig(**options), model, hardware)
+    assert words in str(caught.value)
+
+
+def test_the_reference_stores_any_kind() -> None:
+    for kind in ("float32", "float16", "bfloat16", "int8", "int4", "fp8"):
+        assert resolve(EngineConfig(kv=kind, kernels="reference"), LARGE, SERVER).kv == KvFormat(kind, kind, "bfloat16")
+
+
 def test_too_little_memory_is_refused_with_the_numbers() -> None:
     with pytest.raises(CapacityError, match=r"'large' needs 30\.1 GB .* 8\.59 GB are free"):
         resolve(EngineConfig(dtype="float32"), LARGE, LAPTOP)
@@ -97,6 +156,11 @@ def test_too_little_memory_is_refused_with_the_numbers() -> None:
         ({"max_batch_size": 2.5}, "max_batch_size must be a whole number"),
         ({"block_size": 17}, "allowed: 8, 16, 32, 64, 128"),
         ({"kv_memory": "lots"}, "give a size such as 500M"),
+        ({"kv": "int5"}, "allowed: auto, float32, bfloat16, float16, int8, int4, fp8"),
+        ({"kv": "in8"}, "Did you mean 'int8'"),
+        ({"kv": "int8:k,int4:k"}, "name keys and values once each"),
+        ({"kv": "int8:x"}, "name keys and values once each"),
+        ({"kv_skip_layers": "first"}, "give layers by number"),
         ({"blocksize": 16}, "Did you mean 'block_size'"),
     ],
 )

@@ -10,11 +10,13 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from turbolm.errors import CapacityError, ConfigError, nearest
+from turbolm.kv import KvFormat, KvKind, KvShape, bytes_per_token, parse_kinds, parse_layers, resolve_format
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Kernels = Literal["auto", "native", "reference"]
 Speculation = Literal["auto", "off"]
+Weights = Literal["auto", "int4", "int8", "fp8"]
 
 DEFAULT_MODEL = "smollm2-135m"
 _SIZE_UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -27,9 +29,14 @@ class EngineConfig:
     device: Device = "auto"
     """Where the model runs."""
     dtype: DType = "auto"
-    """What the arithmetic runs in: "auto" keeps packed weights packed; naming a dtype unpacks them to it."""
+    """What the arithmetic runs in: "auto" keeps packed weights packed; naming a dtype unpacks them to it (on a GPU
+    int4, int8 and fp8 stay packed)."""
+    weights: Weights = "auto"
+    """What an unquantized model's weights are rounded to at load, without calibration; "auto": they stay."""
     kernels: Kernels = "auto"
     """"reference" runs plain PyTorch instead of turbolm's own kernels (for checking them)."""
+    tensor_parallel: int = 1
+    """GPUs of this machine that compute the model together, each with its part of every layer."""
     threads: int = 0
     """CPU threads; 0: one per physical core that this process may use."""
     max_context: int = 0
@@ -45,6 +52,11 @@ class EngineConfig:
     kv_memory: str = "auto"
     """Memory for the KV cache, such as 500M or 4G; "auto": what max_context and max_batch_size can use,
     within a part of the free memory."""
+    kv: str = "auto"
+    """How the KV cache stores keys and values: "auto" (16 or 32 bits), float32, bfloat16, float16, int8, int4 or fp8;
+    "int8:k,int4:v" sets keys and values apart. int8 holds twice the tokens of 16 bits, int4 nearly four times."""
+    kv_skip_layers: str = ""
+    """Layers whose keys and values stay unquantized, such as "0,1,-1" (-1: the last)."""
     prefix_cache: bool = True
     """Keep the KV blocks of finished requests for prompts that begin the same way."""
     speculation: Speculation = "auto"
@@ -55,6 +67,7 @@ class EngineConfig:
         for name, allowed in (
             ("device", ("auto", "cpu", "cuda")),
             ("dtype", ("auto", "float32", "bfloat16", "float16")),
+            ("weights", ("auto", "int4", "int8", "fp8")),
             ("kernels", ("auto", "native", "reference")),
             ("speculation", ("auto", "off")),
         ):
@@ -65,10 +78,14 @@ class EngineConfig:
             value = getattr(self, name)
             if type(value) is not int or value < (name == "max_waiting"):
                 raise ConfigError(f"{name} must be a whole number, 0 or more, got {value!r}")
+        if type(self.tensor_parallel) is not int or self.tensor_parallel < 1:
+            raise ConfigError(f"tensor_parallel must be a whole number, 1 or more, got {self.tensor_parallel!r}")
         if self.block_size not in (0, 8, 16, 32, 64, 128):
             raise ConfigError(f"block_size is {self.block_size}; allowed: 8, 16, 32, 64, 128, or 0 for a fitting one")
         if self.kv_memory != "auto":
             parse_size(self.kv_memory, "kv_memory")
+        parse_kinds(self.kv)
+        parse_layers(self.kv_skip_layers)
 
     @classmethod
     def of(cls, base: EngineConfig | None = None, **options: object) -> EngineConfig:
@@ -128,9 +145,12 @@ class ModelNeeds:
     max_context: int  # what it was trained for
     packed_bytes: int  # weights as they lie in the file
     num_parameters: int
-    kv_elements_per_token: int  # keys and values of all layers
+    kv_layers: tuple[KvShape, ...]  # what each layer keeps of a token
     num_logits: int  # vocabulary
     activation_elements: int = 0  # per token of a step, where a layer holds the most
+    layer_parameters: int = 0  # those of `num_parameters` that are in matrices of layers
+    packed: tuple[str, ...] = ()  # formats of the layers' matrices, where these are quantized
+    has_column_order: bool = False  # quantized in an order of columns, for which the CPU has no kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +160,9 @@ class ResolvedConfig:
     device: str
     kernels: str
     dtype: str  # of activations
-    kv_dtype: str
+    kv: KvFormat
     unpack: bool  # packed weights are unpacked to `dtype`
+    weights: Weights  # what unquantized weights are rounded to; "auto": nothing
     threads: int
     max_context: int
     max_batch_size: int
@@ -150,8 +171,11 @@ class ResolvedConfig:
     max_waiting: int
     block_size: int
     num_blocks: int
+    weight_bytes: int  # memory of the weights
+    kv_bytes_per_token: int
     prefix_cache: bool
     speculation: bool
+    tensor_parallel: int = 1
     reasons: tuple[str, ...] = field(default=())
 
     @property
@@ -161,10 +185,16 @@ class ResolvedConfig:
 
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+#: Bytes per weight of the layers, as kernels keep them: on the CPU in blocks of 32.
+_FORMAT_BYTES = {
+    "cpu": {"int4": 20 / 32, "int8": 34 / 32, "fp8": 34 / 32},
+    "cuda": {"int4": 17 / 32, "int8": 1.0, "fp8": 1.0},  # int4: 32 bits per group of 128
+}
 _CPU_POOL_CONTEXTS = 4  # the automatic KV cache holds this many contexts of full length
 _POOL_SHARE = 0.3  # and at most this part of the memory that the weights leave
 _RESERVE = 300 << 20  # bytes for everything but weights and KV cache
 _GRAPHS = 1 << 30  # bytes for CUDA graphs and the workspaces of libraries
+_COMMUNICATION = 1 << 30  # bytes for what several processes take to work together, on each GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +204,7 @@ class Backend:
     device: str
     kernels: str
     dtype: str
-    kv_dtype: str
+    kv_dtype: KvKind  # of what is not quantized
     unpack: bool
     threads: int
     reasons: tuple[str, ...]
@@ -192,18 +222,22 @@ def choose_backend(config: EngineConfig, hardware: Hardware) -> Backend:
     elif device == "cuda" and not hardware.gpus:
         raise ConfigError("device is 'cuda', but no CUDA GPU was found; use device 'cpu' or check `turbolm doctor`")
     kernels = _choose_kernels(config, hardware, device, reasons)
-    unpack = config.dtype != "auto" or kernels == "reference" or device == "cuda"
-    dtype, kv_dtype = str(config.dtype), str(config.dtype)
+    unpack = kernels == "reference" or (config.dtype != "auto" and device == "cpu")
+    dtype: KvKind = "float32" if device == "cpu" else "bfloat16"
+    kv_dtype = dtype
     if config.dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
         kv_dtype = "float16" if device == "cpu" and kernels == "native" else dtype
         packed = "unpacked" if unpack else "packed as in the file, multiplied by 8-bit activations"
-        reasons.append(f"dtype {dtype}: block-quantized weights {packed}; KV cache {kv_dtype}")
-    elif device == "cpu" and kernels == "native" and dtype != "float32":
+        if device == "cuda" and not unpack:
+            packed = "unpacked, but for int4, int8 and fp8"
+        reasons.append(f"dtype {dtype}: block-quantized weights {packed}")
+    elif device == "cpu" and kernels == "native" and config.dtype != "float32":
         raise ConfigError(
-            f"dtype is '{dtype}', but the native CPU kernels compute in float32; use dtype 'auto' or 'float32', "
+            f"dtype is '{config.dtype}', but the native CPU kernels compute in float32; use dtype 'auto' or 'float32', "
             "or kernels 'reference'"
         )
+    else:
+        dtype = kv_dtype = config.dtype
     threads = config.threads or hardware.physical_cores
     reasons.append(
         f"threads {threads}: " + ("as given" if config.threads else "physical cores that this process may use")
@@ -238,14 +272,18 @@ def resolve(config: EngineConfig, model: ModelNeeds, hardware: Hardware) -> Reso
     on_cpu = backend.device == "cpu"
     if config.max_context > model.max_context:
         reasons.append(f"max_context {config.max_context}: beyond the {model.max_context} that the model was made for")
-    weight_bytes = model.num_parameters * _ITEM_BYTES[backend.dtype] if backend.unpack else model.packed_bytes
+    weight_bytes = _weight_bytes(config, model, backend, reasons)
     max_batch_size = config.max_batch_size or (32 if on_cpu else 1024)
     max_batch_tokens = max(config.max_batch_tokens or (512 if on_cpu else 8192), max_batch_size)
     max_logit_rows = max(max_batch_size, 64)
-    free = hardware.free_memory if on_cpu else hardware.gpus[0].free_memory
+    _check_tensor_parallel(config, backend, hardware, reasons)
+    free = hardware.free_memory
+    if not on_cpu:
+        free = min(gpu.free_memory for gpu in hardware.gpus[: config.tensor_parallel])
     working = _RESERVE + max_logit_rows * model.num_logits * 4
     if not on_cpu:
         working += _GRAPHS + max_batch_tokens * model.activation_elements * _ITEM_BYTES[backend.dtype]
+        working += _COMMUNICATION if config.tensor_parallel > 1 else 0
     left = free - weight_bytes - working
     if left <= 0:
         raise CapacityError(
@@ -253,7 +291,8 @@ def resolve(config: EngineConfig, model: ModelNeeds, hardware: Hardware) -> Reso
             f"memory; {format_size(free)} are free on {backend.device}. Use a smaller or a quantized model"
             + (", or dtype 'auto'" if config.dtype != "auto" else "")
         )
-    kv_bytes = model.kv_elements_per_token * _ITEM_BYTES[backend.kv_dtype]
+    kv = resolve_kv(config, model.kv_layers, backend, hardware, reasons)
+    kv_bytes = bytes_per_token(model.kv_layers, kv)
     block_size = config.block_size or (16 if on_cpu else 64)
     pool_tokens = _pool_tokens(config, model, kv_bytes, left, block_size, max_batch_size, on_cpu, reasons)
     max_context = _max_context(config, model, pool_tokens, kv_bytes, reasons)
@@ -261,8 +300,9 @@ def resolve(config: EngineConfig, model: ModelNeeds, hardware: Hardware) -> Reso
         device=backend.device,
         kernels=backend.kernels,
         dtype=backend.dtype,
-        kv_dtype=backend.kv_dtype,
+        kv=kv,
         unpack=backend.unpack,
+        weights=config.weights,
         threads=backend.threads,
         max_context=max_context,
         max_batch_size=max_batch_size,
@@ -271,10 +311,87 @@ def resolve(config: EngineConfig, model: ModelNeeds, hardware: Hardware) -> Reso
         max_waiting=config.max_waiting,
         block_size=block_size,
         num_blocks=pool_tokens // block_size,
+        weight_bytes=weight_bytes,
+        kv_bytes_per_token=kv_bytes,
         prefix_cache=config.prefix_cache,
         speculation=_speculation(config, backend, reasons),
+        tensor_parallel=config.tensor_parallel,
         reasons=tuple(reasons),
     )
+
+
+def _check_tensor_parallel(config: EngineConfig, backend: Backend, hardware: Hardware, reasons: list[str]) -> None:
+    """Raises ConfigError for more parts than there are GPUs."""
+    size = config.tensor_parallel
+    if size == 1:
+        return
+    if backend.device == "cpu":
+        if backend.kernels != "reference":
+            raise ConfigError(
+                f"tensor_parallel is {size}, but the CPU's native kernels use all cores in one process; use 1 (or, to "
+                "check that the parts add up, kernels 'reference')"
+            )
+    elif size > len(hardware.gpus):
+        raise ConfigError(f"tensor_parallel is {size}, and {len(hardware.gpus)} GPUs were found; use that or less")
+    reasons.append(f"tensor_parallel {size}: each process has a part of every layer; sizes below are those of one part")
+
+
+def resolve_kv(
+    config: EngineConfig, layers: tuple[KvShape, ...], backend: Backend, hardware: Hardware, reasons: list[str]
+) -> KvFormat:
+    """How keys and values are stored. Raises ConfigError for what the backend or the model can't have."""
+    kv = resolve_format(config.kv, config.kv_skip_layers, backend.kv_dtype, layers)
+    if backend.device == "cuda" and backend.kernels == "native":
+        works: tuple[str, ...] = (backend.dtype, "int8", "int4")
+        if hardware.gpus[0].capability >= (8, 9):
+            works = (*works, "fp8")
+        if not kv.kinds <= set(works):
+            raise ConfigError(
+                f"kv is {config.kv!r}, but with dtype '{backend.dtype}' turbolm's kernels for this GPU store "
+                f"{', '.join(works)}; use one of them or kernels 'reference'"
+            )
+    plain = bytes_per_token(layers, KvFormat.both(kv.plain))
+    reasons.append(
+        f"KV cache in {kv}: {bytes_per_token(layers, kv)} bytes per token"
+        + (f", layers {', '.join(map(str, kv.skipped))} in {kv.plain}" if kv.skipped else "")
+        + (f", instead of {plain} in {kv.plain}" if kv.is_quantized else "")
+    )
+    return kv
+
+
+def _weight_bytes(config: EngineConfig, model: ModelNeeds, backend: Backend, reasons: list[str]) -> int:
+    """Memory of the weights as the backend keeps them. Raises ConfigError for rounding what is rounded already."""
+    if config.weights != "auto":
+        if model.packed:
+            raise ConfigError(
+                f"weights is '{config.weights}', but '{model.name}' is quantized already ({', '.join(model.packed)}); "
+                "use weights 'auto', or give the unquantized model"
+            )
+        reasons.append(f"weights {config.weights}: rounded at load to the nearest, without calibration")
+    if backend.unpack:
+        return model.num_parameters * _ITEM_BYTES[backend.dtype]
+    if backend.device == "cuda":
+        return _gpu_weight_bytes(config, model, _ITEM_BYTES[backend.dtype])
+    rates = _FORMAT_BYTES[backend.device]
+    formats = [name for name in (model.packed if config.weights == "auto" else (config.weights,)) if name in rates]
+    if not formats:
+        return model.packed_bytes
+    rate = 2.0 if model.has_column_order else max(rates[name] for name in formats)
+    return int(model.layer_parameters * rate) + (model.num_parameters - model.layer_parameters) * 2
+
+
+def _gpu_weight_bytes(config: EngineConfig, model: ModelNeeds, item_bytes: int) -> int:
+    """Formats without kernels are unpacked, and fp8 in files, which may have blocks, is counted as if it were. int4
+    has 32 bits per group, where files have 16 to 20."""
+    rest = (model.num_parameters - model.layer_parameters) * item_bytes
+    if config.weights != "auto":
+        return int(model.layer_parameters * _FORMAT_BYTES["cuda"][config.weights]) + rest
+    if not model.packed or not set(model.packed) <= {"int4", "int8"}:
+        return model.num_parameters * item_bytes
+    if "int8" in model.packed:
+        return model.layer_parameters + rest
+    codes = model.layer_parameters // 2
+    return rest + codes + 2 * max(0, model.packed_bytes - rest - codes)
 
 
 def _speculation(config: EngineConfig, backend: Backend, reasons: list[str]) -> bool:

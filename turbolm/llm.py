@@ -17,13 +17,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from turbolm.config import DEFAULT_MODEL, EngineConfig, ResolvedConfig
+from turbolm.delivery import Answers, Delivery
 from turbolm.engine.engine import Engine
 from turbolm.engine.step import SchedulerStats
 from turbolm.errors import ContextOverflowError, EngineError, RequestError
-from turbolm.loading import LoadedModel, load_model
 from turbolm.stream import AnswerStream
 from turbolm.text import ChatTemplate, PartParser, Tokenizer, choose_reasoning_format, encode_chat, parser_for
 from turbolm.types import Completion, Output, Request, SamplingParams, Score
+from turbolm.worker.supervisor import SupervisedEngine, Supervision
 
 T = TypeVar("T")
 Message = Mapping[str, Any]
@@ -31,14 +32,6 @@ Message = Mapping[str, Any]
 Texts = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
 #: For all prompts, or one for each; None: what the checkpoint recommends.
 Params = SamplingParams | Sequence[SamplingParams] | None
-
-
-class _Route:
-    """Where one request's outputs go."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self.outputs: asyncio.Queue[Output] = asyncio.Queue()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +47,9 @@ class AsyncLLM:
     """A loaded model that serves any number of requests at once.
 
     `model`: a folder, a .gguf file, "hf:org/name", "ms:org/name", "pypi:package" or a short name.
-    `config` and `options` are `EngineConfig` and its fields. Raises UserError or CapacityError where
-    the model can't be loaded here.
+    `config` and `options` are `EngineConfig` and its fields. `isolated` runs the engine in a process of
+    its own, which is started again when it dies. Raises UserError or CapacityError where the model can't
+    be loaded here.
     """
 
     def __init__(
@@ -64,24 +58,40 @@ class AsyncLLM:
         config: EngineConfig | None = None,
         *,
         progress: bool = True,
+        isolated: bool | Supervision = False,
         **options: object,
     ) -> None:
-        loaded = load_model(model, EngineConfig.of(config, **options), progress)
-        self._model: LoadedModel = loaded
-        self.model_name = loaded.name
-        self.config: ResolvedConfig = loaded.config
-        self.tokenizer: Tokenizer = loaded.tokenizer
-        self.chat_template: ChatTemplate | None = loaded.chat_template
-        self.default_params = loaded.default_params
+        settings = EngineConfig.of(config, **options)
+        self._delivery = Delivery()
+        self._engine: Engine | SupervisedEngine
+        self.config: ResolvedConfig
+        if isolated:
+            supervision = isolated if isinstance(isolated, Supervision) else None
+            engine = SupervisedEngine(model, settings, progress, self._delivery.deliver, supervision)
+            try:
+                from turbolm.loading import load_text  # and torch, while the other process does the same
+
+                engine.wait_until_loaded()
+                self._model = load_text(engine.name, engine.path)
+            except BaseException:
+                engine.close()
+                raise
+            self._engine, self.config = engine, engine.config
+        else:
+            from turbolm.loading import load_model
+
+            loaded = load_model(model, settings, progress)
+            self._model, self.config = loaded.text, loaded.config
+            self._engine = Engine(loaded.scheduler, loaded.runner, self._delivery.deliver)
+        self.model_name = self._model.name
+        self.tokenizer: Tokenizer = self._model.tokenizer
+        self.chat_template: ChatTemplate | None = self._model.chat_template
+        self.default_params = self._model.default_params
         """What the checkpoint recommends; used where a request brings no parameters."""
-        self._routes: dict[str, _Route] = {}
-        self._num_routes: dict[asyncio.AbstractEventLoop, int] = {}  # an entry is changed in its loop's thread alone
-        self._scheduler = loaded.scheduler
-        self._engine = Engine(loaded.scheduler, loaded.runner, self._deliver)
 
     def generate(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, priority: int = 0, tenant: str = ""
-    ) -> AsyncIterator[Output]:
+    ) -> Answers:
         """Continue a text or token ids. Yields deltas; each of the `n` answers ends with one that has
         a `finish_reason`. Closing the iterator cancels. Raises RequestError before anything runs."""
         return self._submit(self._plain(prompt), params, priority, tenant)
@@ -95,7 +105,7 @@ class AsyncLLM:
         template_variables: Mapping[str, Any] | None = None,
         priority: int = 0,
         tenant: str = "",
-    ) -> AsyncIterator[Output]:
+    ) -> Answers:
         """Answer a conversation (OpenAI-style messages), as `generate`. Text, reasoning and tool calls
         come as parts of their own. Control tokens typed inside messages stay plain text."""
         return self._submit(self._conversation(messages, tools, template_variables), params, priority, tenant)
@@ -131,7 +141,17 @@ class AsyncLLM:
     @property
     def stats(self) -> SchedulerStats:
         """What the engine has counted so far."""
-        return self._scheduler.stats
+        return self._engine.stats
+
+    @property
+    def trouble(self) -> str | None:
+        """Why nothing is being computed: the engine's process died and is being started again, or is given up."""
+        return self._engine.trouble if isinstance(self._engine, SupervisedEngine) else None
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether the engine's process died too often for another try: every request ends with an error."""
+        return isinstance(self._engine, SupervisedEngine) and self._engine.is_given_up
 
     async def wait_until_warm(self) -> None:
         """Wait until everything is prepared that makes steps faster (on a GPU, CUDA graphs: a few seconds
@@ -197,7 +217,7 @@ class AsyncLLM:
         priority: int = 0,
         tenant: str = "",
         deltas: bool = True,
-    ) -> AsyncIterator[Output]:
+    ) -> Answers:
         """Without `deltas`, for callers that wait for the end anyway, an answer is one output where that is
         possible: then nothing is done per token but to compute it."""
         params = self.default_params if params is None else params
@@ -216,7 +236,8 @@ class AsyncLLM:
             AnswerStream(request, self.tokenizer, prompt.parser(), is_continuation=prompt.is_continuation)
             for request in requests
         ]
-        return self._run(requests, streams, deltas or bool(params.stop))  # stop strings show as the text grows
+        deltas = deltas or bool(params.stop)  # stop strings show as the text grows
+        return Answers(self._engine, self._delivery, requests, streams, deltas)
 
     def _check(self, token_ids: Sequence[int], params: SamplingParams) -> None:
         """What depends on the model: context and vocabulary."""
@@ -241,57 +262,6 @@ class AsyncLLM:
         variants = (self.tokenizer.encode(p + w, add_special=False) for w in words for p in ("", " "))
         return tuple(dict.fromkeys(tuple(ids) for ids in variants if ids))
 
-    async def _run(
-        self, requests: Sequence[Request], streams: Sequence[AnswerStream], deltas: bool
-    ) -> AsyncIterator[Output]:
-        request_id = requests[0].id
-        num_open = len(requests)
-        with self._route(request_id) as outputs:
-            try:
-                self._engine.submit(requests, deltas)
-                while num_open:
-                    output = await outputs.get()
-                    stream = streams[output.index]
-                    delta = stream.push(output)
-                    if delta is None:
-                        continue
-                    if delta.is_final:
-                        num_open -= 1
-                    elif stream.is_stopped:
-                        self._engine.cancel(request_id, output.index)
-                    yield delta
-            finally:
-                for request, stream in zip(requests, streams, strict=True):
-                    if not stream.is_over:
-                        self._engine.cancel(request_id, request.index)
-
-    @contextlib.contextmanager
-    def _route(self, request_id: str) -> Iterator[asyncio.Queue[Output]]:
-        """Where the outputs of a request come in, in this event loop."""
-        loop = asyncio.get_running_loop()
-        route = self._routes[request_id] = _Route(loop)
-        self._num_routes[loop] = self._num_routes.get(loop, 0) + 1
-        try:
-            yield route.outputs
-        finally:
-            del self._routes[request_id]
-            self._num_routes[loop] -= 1
-            if not self._num_routes[loop]:
-                del self._num_routes[loop]
-
-    def _deliver(self, outputs: Sequence[Output]) -> None:
-        """Called in the engine's thread, which has other things to do: a wake-up per event loop and step."""
-        if outputs:
-            for loop in tuple(self._num_routes):
-                if not loop.is_closed():
-                    loop.call_soon_threadsafe(self._put, loop, outputs)
-
-    def _put(self, loop: asyncio.AbstractEventLoop, outputs: Sequence[Output]) -> None:
-        for output in outputs:
-            route = self._routes.get(output.request_id)
-            if route is not None and route.loop is loop:
-                route.outputs.put_nowait(output)
-
 
 class LLM:
     """`AsyncLLM` without async: the same arguments; methods wait for their results."""
@@ -302,9 +272,10 @@ class LLM:
         config: EngineConfig | None = None,
         *,
         progress: bool = True,
+        isolated: bool | Supervision = False,
         **options: object,
     ) -> None:
-        self._llm = AsyncLLM(model, config, progress=progress, **options)
+        self._llm = AsyncLLM(model, config, progress=progress, isolated=isolated, **options)
         self._show = progress
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="turbolm-llm", daemon=True)

@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -15,7 +16,7 @@ from turbolm.config import EngineConfig, ResolvedConfig, resolve
 from turbolm.engine.build import build, build_null, model_needs, null_needs
 from turbolm.engine.engine import StepRunner
 from turbolm.engine.scheduler import Scheduler
-from turbolm.errors import CheckpointError
+from turbolm.errors import CheckpointError, ConfigError
 from turbolm.hub import fetch
 from turbolm.models import loader
 from turbolm.models.checkpoint import Checkpoint, open_checkpoint
@@ -31,63 +32,82 @@ _RECOMMENDED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True, slots=True)
-class LoadedModel:
+class ModelText:
+    """What lies between a model's tokens and the text that people see."""
+
     name: str
-    config: ResolvedConfig
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
-    vocab_size: int
     eos_token_ids: tuple[int, ...]
     default_params: SamplingParams
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    path: Path | None  # of the files; None for the null model
+    text: ModelText
+    config: ResolvedConfig
     scheduler: Scheduler
     runner: StepRunner
+
+    @property
+    def name(self) -> str:
+        return self.text.name
+
+
+def load_text(name: str, path: Path | None) -> ModelText:
+    """The part of a model that needs no weights; `path` as in LoadedModel. Raises UserError."""
+    return _null_text() if path is None else _text(name, open_checkpoint(path))
 
 
 def load_model(name: str, config: EngineConfig, progress: bool) -> LoadedModel:
     """Fetch, check and load a model. Raises UserError or CapacityError, with what to do."""
     hardware = probe()
     if name == NULL_MODEL:
+        if config.tensor_parallel > 1:
+            raise ConfigError(
+                f"tensor_parallel is {config.tensor_parallel}, and '{NULL_MODEL}' has no weights to divide; use 1"
+            )
         return _null(resolve(config, null_needs(), hardware))
     local = fetch(name, progress=progress)
     checkpoint = open_checkpoint(local.path)
     spec = decoder_spec(checkpoint.config)
-    tokenizer = _tokenizer(checkpoint)
-    if tokenizer.vocab_size > spec.vocab_size:
+    text = _text(local.name, checkpoint)
+    if text.vocab_size > spec.vocab_size:
         raise CheckpointError(
-            f"'{name}': the tokenizer has {tokenizer.vocab_size} tokens, the model {spec.vocab_size}; the files "
+            f"'{name}': the tokenizer has {text.vocab_size} tokens, the model {spec.vocab_size}; the files "
             "don't belong together"
         )
-    resolved = resolve(config, model_needs(local.name, checkpoint, spec), hardware)
+    resolved = resolve(config, model_needs(local.name, checkpoint, spec, config.tensor_parallel), hardware)
     with _loading_bar(local.name, progress) as advance:
-        parts = build(checkpoint, spec, resolved, tokenizer.vocab_size, advance)
-    eos = (_token_ids(values.get("eos_token_id")) for values in (checkpoint.generation_config, checkpoint.config))
-    return LoadedModel(
-        name=local.name,
-        config=resolved,
-        tokenizer=tokenizer,
-        chat_template=ChatTemplate.of(tokenizer) if tokenizer.chat_template else None,
-        vocab_size=tokenizer.vocab_size,
-        eos_token_ids=tuple(dict.fromkeys([*tokenizer.eos_ids, *(token for ids in eos for token in ids)])),
-        default_params=_default_params(checkpoint.generation_config),
-        scheduler=parts.scheduler,
-        runner=parts.runner,
-    )
+        parts = build(checkpoint, spec, resolved, text.vocab_size, advance)
+    return LoadedModel(local.path, text, resolved, parts.scheduler, parts.runner)
 
 
 def _null(config: ResolvedConfig) -> LoadedModel:
-    tokenizer = byte_tokenizer()
     parts = build_null(config)
-    return LoadedModel(
-        name=NULL_MODEL,
-        config=config,
+    return LoadedModel(None, _null_text(), config, parts.scheduler, parts.runner)
+
+
+def _text(name: str, checkpoint: Checkpoint) -> ModelText:
+    tokenizer = _tokenizer(checkpoint)
+    eos = (_token_ids(values.get("eos_token_id")) for values in (checkpoint.generation_config, checkpoint.config))
+    return ModelText(
+        name=name,
         tokenizer=tokenizer,
         chat_template=ChatTemplate.of(tokenizer) if tokenizer.chat_template else None,
-        vocab_size=tokenizer.vocab_size,
-        eos_token_ids=(),
-        default_params=SamplingParams(),
-        scheduler=parts.scheduler,
-        runner=parts.runner,
+        eos_token_ids=tuple(dict.fromkeys([*tokenizer.eos_ids, *(token for ids in eos for token in ids)])),
+        default_params=_default_params(checkpoint.generation_config),
     )
+
+
+def _null_text() -> ModelText:
+    tokenizer = byte_tokenizer()
+    return ModelText(NULL_MODEL, tokenizer, ChatTemplate.of(tokenizer), (), SamplingParams())
 
 
 def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:

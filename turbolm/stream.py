@@ -38,18 +38,28 @@ class AnswerStream:
 
     def push(self, output: Output) -> Output | None:
         """The same delta with its parts; None where there is nothing to tell."""
+        request_id, index, token_ids, _, logprobs, prompt_logprobs, reason, *_ = output
+        if reason is None and not self.request.params.stop:
+            parts = self._parts(self._detokenizer.push(token_ids), is_last=False)
+            return Output(request_id, index, token_ids, parts, logprobs, prompt_logprobs)
         if self.is_stopped:
-            return self._finish(output._replace(token_ids=(), logprobs=()), ()) if output.is_final else None
-        count, text = self._read(output.token_ids)
-        if output.is_final and not self.is_stopped:
+            return None if reason is None else self._finish(output._replace(token_ids=(), logprobs=()), ())
+        count, text = self._read(token_ids)
+        if reason is not None and not self.is_stopped:
             rest, _ = self._stops.push(self._detokenizer.finish())
             text += rest if self.is_stopped else rest + self._stops.finish()
+        parts = self._parts(text, is_last=reason is not None or self.is_stopped)
+        delta = output._replace(token_ids=token_ids[:count], logprobs=logprobs[:count], parts=parts)
+        return delta if reason is None else self._finish(delta, parts)
+
+    def _parts(self, text: str, is_last: bool) -> tuple[Part, ...]:
         parts = self._parser.push(text)
-        if output.is_final or self.is_stopped:
+        if is_last:
             parts += self._parser.finish()
-        delta = output._replace(token_ids=output.token_ids[:count], logprobs=output.logprobs[:count])
-        self._has_tool_call |= any(isinstance(part, ToolCallPart) for part in parts)
-        return self._finish(delta, parts) if output.is_final else delta._replace(parts=parts)
+        for part in parts:
+            if type(part) is ToolCallPart:
+                self._has_tool_call = True
+        return parts
 
     def _read(self, token_ids: tuple[int, ...]) -> tuple[int, str]:
         """How many of these tokens are part of the answer, and the text that is certain after them."""

@@ -1,4 +1,4 @@
-"""`Weight`: a matrix in some format on disk and in memory; the contracts of sources and formats."""
+"""`Weight`: a matrix in some format; the contracts of sources, formats, and how checkpoints pack matrices."""
 
 from __future__ import annotations
 
@@ -54,6 +54,8 @@ class Weight:
 
 
 class WeightFormat(Protocol):
+    """What a matrix's tensors mean."""
+
     @property
     def name(self) -> str:
         """As in messages and tables: "bf16", "q4_1"."""
@@ -61,12 +63,6 @@ class WeightFormat(Protocol):
     @property
     def is_dense(self) -> bool:
         """One number per element, no blocks."""
-
-    def detect(self, source: WeightSource, prefix: str) -> bool:
-        """Does `source` hold the matrix `prefix` (a module name, without ".weight") in this format?"""
-
-    def load(self, source: WeightSource, prefix: str) -> Weight:
-        """Raises CheckpointError, naming the tensor, where parts are missing or don't fit."""
 
     def select_rows(self, weight: Weight, rows: Tensor) -> Weight:
         """Output rows in a new order, or some of them (int64 indices)."""
@@ -79,3 +75,29 @@ class WeightFormat(Protocol):
 
     def dequantize(self, weight: Weight, dtype: torch.dtype) -> Tensor:
         """[n, k] in `dtype`."""
+
+
+class WeightReader(Protocol):
+    """How a matrix lies in a checkpoint."""
+
+    def detect(self, source: WeightSource, prefix: str) -> bool:
+        """Does `source` hold the matrix `prefix` (a module name, without ".weight") in this way?"""
+
+    def load(self, source: WeightSource, prefix: str) -> Weight:
+        """Raises CheckpointError, naming the tensor, where parts are missing or don't fit."""
+
+
+class Packing(WeightReader, Protocol):
+    """How a checkpoint packs its quantized matrices: what its quantization_config says."""
+
+    @property
+    def method(self) -> str:
+        """`quant_method`: "awq", "gptq"."""
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Names of the formats that matrices may have once they are loaded."""
+
+    @property
+    def has_order(self) -> bool:
+        """Columns may be stored in another order than the input's."""

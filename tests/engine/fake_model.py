@@ -94,6 +94,9 @@ class Model:
     def warm_up(self):
         return False
 
+    def close(self):
+        pass
+
     def submit(self, step):
         pending = Pending(self, step)
         self.queue.append(pending)

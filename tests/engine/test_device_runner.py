@@ -13,6 +13,8 @@ from tiny import TINY_MODELS
 from turbolm.engine.device_runner import DeviceRunner
 from turbolm.engine.runner import Runner
 from turbolm.engine.scheduler import Scheduler
+from turbolm.engine.step_device import StepDevice
+from turbolm.kv import KvFormat
 from turbolm.models.checkpoint import open_checkpoint
 from turbolm.models.decoder import Decoder, cache_spec, load_decoder
 from turbolm.models.loader import Loader
@@ -60,14 +62,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
 
 def run(model: Decoder, requests: Iterable[Request], overlapped: bool, **limits: int) -> dict[str, Output]:
     sizes = {"num_blocks": 64, "max_batch_size": 16, "max_batch_tokens": 64} | limits
-    caches = cache_spec(model.spec, torch.float32).allocate(sizes["num_blocks"], BLOCK, CPU)
+    caches = cache_spec(model.spec, KvFormat.both("float32")).allocate(sizes["num_blocks"], BLOCK, CPU)
     scheduler = Scheduler(block_size=BLOCK, max_context=64, max_waiting=100, max_logit_rows=64, **sizes)
 
     def forward(batch: object) -> torch.Tensor:
         return model.forward(batch, caches)
 
     runner = (
-        DeviceRunner(forward, None, Limits(), BLOCK, CPU, 96, sample_rows, resolve_tokens)
+        DeviceRunner(StepDevice(forward, None, CPU, sample_rows, resolve_tokens), Limits(), BLOCK, 96)
         if overlapped
         else Runner(forward, BLOCK, CPU, 96)
     )

@@ -35,6 +35,9 @@ class CountingRunner:
             raise RuntimeError("no memory for a graph")
         return self.num_warm_ups < 3
 
+    def close(self) -> None:
+        assert not self.num_in_flight
+
     def submit(self, step: Step) -> Counted:
         self._break("submit", step)
         self.events.append("submit")

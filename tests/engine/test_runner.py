@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from turbolm.engine.runner import Runner
 from turbolm.engine.scheduler import Scheduler
 from turbolm.engine.speculative import PromptLookup
+from turbolm.kv import KvFormat
 from turbolm.models.checkpoint import open_checkpoint
 from turbolm.models.decoder import cache_spec, load_decoder
 from turbolm.models.loader import Loader
@@ -38,7 +39,7 @@ def run(model_and_reference: tuple) -> Run:
     model, _ = model_and_reference
 
     def run(requests: Iterable[Request], stats: dict | None = None, num_blocks: int = 64, **limits: object) -> dict:
-        caches = cache_spec(model.spec, torch.float32).allocate(num_blocks, BLOCK, torch.device("cpu"))
+        caches = cache_spec(model.spec, KvFormat.both("float32")).allocate(num_blocks, BLOCK, torch.device("cpu"))
         sizes = {"max_batch_size": 16, "max_batch_tokens": 64, "max_context": 64, "max_waiting": 100} | limits
         scheduler = Scheduler(num_blocks=num_blocks, block_size=BLOCK, max_logit_rows=64, **sizes)
         runner = Runner(lambda batch: model.forward(batch, caches), BLOCK, torch.device("cpu"), 96)
@@ -201,7 +202,7 @@ def test_prompt_lookup_finds_repetitions_and_saves_steps(run: Run) -> None:
 def test_a_request_without_a_distribution_ends_alone(model_and_reference: tuple) -> None:
     """As with broken weights: the others in its batch go on."""
     model, _ = model_and_reference
-    caches = cache_spec(model.spec, torch.float32).allocate(16, BLOCK, torch.device("cpu"))
+    caches = cache_spec(model.spec, KvFormat.both("float32")).allocate(16, BLOCK, torch.device("cpu"))
     scheduler = Scheduler(16, BLOCK, max_batch_size=4, max_batch_tokens=64, max_context=64, max_waiting=10)
 
     def forward(batch: Batch) -> torch.Tensor:

@@ -11,12 +11,14 @@ from tiny import TINY_MODELS, save_as_internlm2, save_as_internlm3
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from turbolm.kv import KvFormat
 from turbolm.models.checkpoint import open_checkpoint
 from turbolm.models.decoder import Decoder, cache_spec, load_decoder
 from turbolm.models.loader import Loader
 from turbolm.models.registry import decoder_spec
 from turbolm.ops import LayerCache
 from turbolm.ops.reference import ReferenceOps
+from turbolm.quant.rounding import Rounding
 from turbolm.types import Batch
 
 BLOCK = 8
@@ -29,15 +31,18 @@ SAVERS["internlm2-tied"] = lambda folder: save_as_internlm2(folder, {"tie_word_e
 SAVERS["internlm3"] = save_as_internlm3
 
 
-def load(folder: Path, max_context: int = 32) -> tuple[Decoder, list[LayerCache]]:
+def load(
+    folder: Path, max_context: int = 32, rounding: Rounding | None = None
+) -> tuple[Decoder, list[LayerCache]]:
     checkpoint = open_checkpoint(folder)
     spec = decoder_spec(checkpoint.config)
     ops = ReferenceOps(torch.device("cpu"), torch.float32)
-    caches = cache_spec(spec, torch.float32).allocate(12, BLOCK, ops.device)
+    caches = cache_spec(spec, KvFormat.both("float32")).allocate(12, BLOCK, ops.device)
     for cache in caches:  # what a recycled block holds must not matter
         cache.k.fill_(torch.nan)
         cache.v.fill_(torch.nan)
-    return load_decoder(spec, Loader(checkpoint.source, ops), max_context), caches
+    loader = Loader(checkpoint.source, ops, packing=checkpoint.packing, rounding=rounding)
+    return load_decoder(spec, loader, max_context), caches
 
 
 def batch_of(pieces: Sequence[tuple[int, Tensor, int]]) -> Batch:
@@ -113,7 +118,7 @@ def test_dynamic_rope_beyond_the_trained_context(tmp_path: Path) -> None:
     reference = SAVERS["llama-dynamic"](tmp_path)
     model, caches = load(tmp_path, max_context=90)
     tokens = torch.randint(0, 96, (90,))
-    caches = cache_spec(model.spec, torch.float32).allocate(12, BLOCK, torch.device("cpu"))
+    caches = cache_spec(model.spec, KvFormat.both("float32")).allocate(12, BLOCK, torch.device("cpu"))
     table = torch.arange(12, dtype=torch.int32)[None]
     index = torch.arange(90, dtype=torch.int32)
     ends = torch.tensor([0, 90], dtype=torch.int32)

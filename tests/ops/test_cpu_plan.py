@@ -73,8 +73,17 @@ class TinyModel:
         return ops.logits(x, batch, self.table, 30.0)
 
 
-def make_caches(dtype: torch.dtype = torch.float16) -> list[LayerCache]:
-    return [LayerCache(*(torch.zeros(40, 2, 16, 16, dtype=dtype) for _ in range(2))) for _ in range(LAYERS)]
+def make_caches(kind: str = "float16", block_size: int = 16) -> list[LayerCache]:
+    def memory(width: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(640 // block_size, 2, block_size, width, dtype=dtype)
+
+    def cache() -> LayerCache:
+        if kind != "int8":
+            return LayerCache(*(memory(16, getattr(torch, kind)) for _ in range(2)))
+        codes, scales = (memory(16, torch.uint8) for _ in range(2)), (memory(2, torch.float16) for _ in range(2))
+        return LayerCache(*codes, *scales, "int8", "int8")
+
+    return [cache() for _ in range(LAYERS)]
 
 
 def make_batch(parts: list[tuple[int, int, int]], all_rows: bool = False) -> Batch:
@@ -126,7 +135,7 @@ def test_replay_is_bitwise_the_ops(threads: int) -> None:
 
 def test_replay_agrees_with_the_reference() -> None:
     model, reference = TinyModel(CpuOps(threads=2)), TinyModel(ReferenceOps(torch.device("cpu"), torch.float32))
-    caches, reference_caches = make_caches(torch.float32), make_caches(torch.float32)
+    caches, reference_caches = make_caches("float32"), make_caches("float32")
     forward = record(model, caches, LIMITS)
     for parts in STEPS:
         batch = make_batch(parts)
@@ -134,12 +143,12 @@ def test_replay_agrees_with_the_reference() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_lone_tokens_are_bitwise_the_ops(threads: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kind", ["float16", "float32", "int8"])
+def test_lone_tokens_are_bitwise_the_ops(threads: int, kind: str) -> None:
     """Steps of one token, where threads share less: the same logits and cache, for contexts on both
     sides of what attention takes at once."""
     model = TinyModel(CpuOps(threads=threads), has_head_norms=True)
-    caches, eager_caches = make_caches(dtype), make_caches(dtype)
+    caches, eager_caches = make_caches(kind), make_caches(kind)
     forward = record(model, caches, LIMITS)
     for start, new in [(0, 1), (1, 1), (2, 60), (62, 1), (63, 60), (123, 1), (124, 2), (126, 1), (127, 1), (128, 1)]:
         tables = torch.arange(10, dtype=torch.int32)[None]
@@ -173,11 +182,11 @@ def test_larger_steps_than_recorded_are_refused() -> None:
 
 def test_model_that_needs_the_reference_is_not_recorded(caplog: pytest.LogCaptureFixture) -> None:
     """It runs op by op, and the log says why."""
-    model, caches = TinyModel(CpuOps(threads=1)), make_caches(torch.float64)
-    batch = make_batch([(0, 0, 9)])
+    model, caches = TinyModel(CpuOps(threads=1)), make_caches(block_size=4)
+    batch = make_batch([(0, 0, 4)])
     logits = record(model, caches, LIMITS)(batch)
-    assert torch.equal(logits, model.forward(batch, make_caches(torch.float64)))
-    assert any("op by op" in record.message and "float64" in record.message for record in caplog.records)
+    assert torch.equal(logits, model.forward(batch, make_caches(block_size=4)))
+    assert any("op by op" in record.message and "in blocks of 4" in record.message for record in caplog.records)
 
 
 def test_plan_shares_memory() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from turbolm.models.safetensors import DTYPES
 from turbolm.quant import FORMATS
 from turbolm.quant.gguf_blocks import BlockFormat
 from turbolm.weights import TensorInfo, Weight
@@ -55,6 +56,17 @@ def random_blocks(name: str, n: int, k: int, seed: int = 0) -> Weight:
         scales = rng.standard_normal((blocks.shape[0], 1)).astype(np.float16)
         blocks[:, offset : offset + 2] = scales.view(np.uint8)
     return block_format.pack(torch.from_numpy(blocks.reshape(n, -1)), (n, k))
+
+
+def source_of(tensors: Mapping[str, torch.Tensor]) -> MemorySource:
+    """A WeightSource of plain tensors, as a safetensors file has them."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    return MemorySource({name: (t, tuple(t.shape), names[t.dtype]) for name, t in tensors.items()})
+
+
+@pytest.fixture(name="source_of")
+def source_of_fixture() -> object:
+    return source_of
 
 
 @pytest.fixture

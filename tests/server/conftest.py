@@ -124,6 +124,12 @@ class ScriptRunner:
     def results(self):
         return [StepResult((self._next(item),) if item.samples else ()) for item in self.step.items]
 
+    def warm_up(self):
+        return False
+
+    def close(self):
+        pass
+
     def _next(self, item) -> int:
         position = item.start + item.num_new_tokens - item.sequence.num_prompt
         return self.script[position] if position < len(self.script) else 257

@@ -83,13 +83,10 @@ def test_requests_have_a_deadline(null_llm, serving, wait_until):
 
 def test_silent_streams_get_comments(null_llm, monkeypatch, serving):
     class Silent:
-        def __aiter__(self):
-            return self
+        def begin(self, sink):
+            pass
 
-        async def __anext__(self):
-            await asyncio.sleep(60)
-
-        async def aclose(self):
+        def end(self):
             pass
 
     with serving(null_llm, ServerConfig(ping_interval=0.1)) as served:

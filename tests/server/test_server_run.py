@@ -50,7 +50,7 @@ def test_sigterm_finishes_what_runs_and_exits_with_0():
 
 def test_running_requests_end_with_an_error_at_the_time_limit():
     body = {"prompt": ["x"] * 100, "max_tokens": 30000, "stream": True}
-    with process("--max-context", "32768", "--drain-timeout", "0.3") as (server, url, _):
+    with process("--max-context", "32768", "--drain-timeout", "0.3", "--no-isolated") as (server, url, _):
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
             lines = response.iter_lines()
             next(lines)
@@ -64,7 +64,7 @@ def test_running_requests_end_with_an_error_at_the_time_limit():
 def test_a_second_signal_ends_at_once():
     body = {"prompt": ["x"] * 100, "max_tokens": 30000, "stream": True}
     with (
-        process("--max-context", "32768") as (server, url, _),
+        process("--max-context", "32768", "--no-isolated") as (server, url, _),
         httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response,
     ):
         lines = response.iter_lines()

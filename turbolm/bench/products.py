@@ -86,7 +86,8 @@ class _Listing(Loader):
     """A loader that notes the matrices instead of preparing them."""
 
     def __init__(self, checkpoint: Checkpoint, *, is_head_tied: bool) -> None:
-        super().__init__(checkpoint.source, ReferenceOps(torch.device("cpu"), torch.float32, unpack=False))
+        ops = ReferenceOps(torch.device("cpu"), torch.float32, unpack=False)
+        super().__init__(checkpoint.source, ops, packing=checkpoint.packing)
         self.found: dict[tuple[str, str, tuple[int, int]], Product] = {}
         self._is_head_tied = is_head_tied
 

@@ -7,44 +7,48 @@ import mmap
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from turbolm.kv import LEVELS, KvFormat, KvKind, KvShape
 from turbolm.ops import LayerCache
 
-
-@dataclass(frozen=True, slots=True)
-class LayerCacheSpec:
-    """One layer's keys and values per token. (Multi-head latent attention: one head whose k is the
-    latent with its rotary part, and whose v is the latent.)"""
-
-    num_kv_heads: int
-    head_dim: int
-    v_head_dim: int
-
-    @property
-    def elements_per_token(self) -> int:
-        return self.num_kv_heads * (self.head_dim + self.v_head_dim)
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.uint8,
+    "int4": torch.uint8,
+    "fp8": torch.float8_e4m3fn,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class CacheSpec:
     """All layers' keys and values."""
 
-    layers: tuple[LayerCacheSpec, ...]
-    dtype: torch.dtype
-
-    @property
-    def bytes_per_token(self) -> int:
-        return sum(layer.elements_per_token for layer in self.layers) * self.dtype.itemsize
+    layers: tuple[KvShape, ...]
+    kv: KvFormat
 
     def allocate(self, num_blocks: int, block_size: int, device: torch.device) -> list[LayerCache]:
         """The KV pool, a `LayerCache` per layer. On the CPU its memory is taken when first written."""
 
-        def pool(layer: LayerCacheSpec, dim: int) -> torch.Tensor:
-            shape = (num_blocks, layer.num_kv_heads, block_size, dim)
-            if device.type != "cpu":
-                return torch.zeros(shape, dtype=self.dtype, device=device)
-            # torch.zeros would write, and so take, all of it.
-            memory = mmap.mmap(-1, math.prod(shape) * self.dtype.itemsize)
-            return torch.frombuffer(memory, dtype=self.dtype).view(shape)
+        def pool(shape: KvShape, dim: int, kind: KvKind) -> tuple[Tensor, Tensor | None]:
+            rows = (num_blocks, shape.num_heads, block_size)
+            codes = _zeros((*rows, dim // 2 if kind == "int4" else dim), _DTYPES[kind], device)
+            return codes, _zeros((*rows, 2), torch.float16, device) if kind in LEVELS else None
 
-        return [LayerCache(pool(layer, layer.head_dim), pool(layer, layer.v_head_dim)) for layer in self.layers]
+        caches = []
+        for index, shape in enumerate(self.layers):
+            kind_k, kind_v = self.kv.of_layer(index)
+            k, k_scales = pool(shape, shape.head_dim, kind_k)
+            v, v_scales = pool(shape, shape.v_head_dim, kind_v)
+            caches.append(LayerCache(k, v, k_scales, v_scales, kind_k, kind_v))
+        return caches
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # torch.zeros would write, and so take, all of it.
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

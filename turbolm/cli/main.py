@@ -27,9 +27,19 @@ app = App(
 app.command("turbolm.cli.chat:chat", name="chat", help="Talk to a model in the terminal, or answer one prompt.")
 app.command("turbolm.cli.ui:ui", name="ui", help="Chat with a model, or a server's, in the browser.")
 app.command("turbolm.cli.serve:serve", name="serve", help="Serve a model over HTTP, with OpenAI's API.")
+app.command("turbolm.cli.quantize:quantize", name="quantize", help="Make a model smaller: 4- or 8-bit weights.")
+app.command(
+    "turbolm.cli.ladder:ladder", name="ladder", help="Which quantization of a model is good enough, on your questions."
+)
+app.command("turbolm.cli.eval:evaluate", name="eval", help="Score a model on your questions.")
 app.command("turbolm.cli.models:app", name="models", help="List, fetch and delete models.")
 app.command(
     "turbolm.bench.commands:app", name="bench", help="Time this machine: a model's tokens per second, the kernels."
+)
+app.command(
+    "turbolm.bench.chaos:chaos",
+    name="chaos",
+    help="Put a server under load, kill its engine, and check that nothing is lost.",
 )
 app.command(
     "turbolm.cli.doctor:doctor", name="doctor", help="Show what this machine has, and what turbolm makes of it."

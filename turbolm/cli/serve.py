@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -9,6 +10,7 @@ from cyclopts import Parameter
 from turbolm.cli.options import given, takes_options
 from turbolm.config import DEFAULT_MODEL, EngineConfig
 from turbolm.errors import ConfigError
+from turbolm.ladder.recommendation import read_recommendation
 from turbolm.server.config import ServerConfig
 
 _ModelName = Annotated[str | None, Parameter(show_default=lambda _: DEFAULT_MODEL)]
@@ -16,7 +18,7 @@ _ModelName = Annotated[str | None, Parameter(show_default=lambda _: DEFAULT_MODE
 
 @takes_options("Server", ServerConfig)
 @takes_options("Engine", EngineConfig)
-def serve(model: _ModelName = None, /, **options: object) -> None:
+def serve(model: _ModelName = None, /, *, ladder: Path | None = None, **options: object) -> None:
     """Serve a model over HTTP: OpenAI's chat and completions APIs, Prometheus metrics, a page at /docs.
     SIGTERM or ctrl-C finishes what is running, and ends; a second one ends at once.
 
@@ -24,9 +26,16 @@ def serve(model: _ModelName = None, /, **options: object) -> None:
     ----------
     model
         A short name, folder, .gguf file, hf:org/name[:quantization], ms:org/name or pypi:package.
+    ladder
+        Serve what this report.json of turbolm ladder recommends: its model and engine options, but for those given.
     """
     config = ServerConfig.of(None, **given(options, ServerConfig))
-    engine = EngineConfig.of(None, **given(options, EngineConfig))
+    recommended: dict[str, object] = {}
+    if ladder is not None:
+        if model is not None:
+            raise ConfigError(f"the report {ladder} names the model: leave '{model}' out, or --ladder")
+        model, recommended = read_recommendation(ladder)
+    engine = EngineConfig.of(None, **{**recommended, **given(options, EngineConfig)})
     try:
         from turbolm.server.run import serve as run  # torch and uvicorn, which --help can do without
     except ImportError as error:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import collections
 import logging
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from turbolm.engine.scheduler import Scheduler
-from turbolm.engine.step import Step, StepResult
+from turbolm.engine.step import SchedulerStats, Step, StepResult
 from turbolm.errors import EngineError, TurbolmError
 from turbolm.types import Output, Request
 
 logger = logging.getLogger(__name__)
+
+_SWITCH_INTERVAL = 0.0005  # seconds for which other threads' Python code may hold up a step; Python's default is 0.005
 
 #: Receives the outputs of a step, in order. Called in the engine's thread: must not block or raise.
 Deliver = Callable[[Sequence[Output]], None]
@@ -39,6 +42,9 @@ class StepRunner(Protocol):
     def warm_up(self) -> bool:
         """Prepares a part of what makes steps faster, while there is nothing to compute; False: nothing is
         left to prepare. May raise."""
+
+    def close(self) -> None:
+        """The last call: lets go of what other processes hold."""
 
 
 class Engine:
@@ -81,7 +87,13 @@ class Engine:
         if self._thread is not threading.current_thread():
             self._thread.join()
 
+    @property
+    def stats(self) -> SchedulerStats:
+        """What was counted so far."""
+        return self._scheduler.stats
+
     def _loop(self) -> None:
+        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_INTERVAL))
         while self._take_in():
             is_full = len(self._in_flight) >= self._runner.depth
             step = None if is_full else self._scheduler.next_batch()
@@ -92,6 +104,7 @@ class Engine:
         self._deliver(self._scheduler.fail(EngineError("the engine was closed")))
         while self._in_flight:  # the device must be at rest before its memory goes
             self._complete_oldest()
+        self._runner.close()
 
     def _take_in(self) -> bool:
         """Wait for work, move what was submitted into the scheduler; False: the engine closes."""

@@ -56,6 +56,9 @@ class Runner:
     def warm_up(self) -> bool:
         return False
 
+    def close(self) -> None:
+        """Nothing is held."""
+
     @torch.inference_mode()
     def run(self, step: Step) -> list[StepResult]:
         """One result per item of the step, in its order."""

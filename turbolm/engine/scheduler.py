@@ -208,6 +208,8 @@ class Scheduler:
             num_blocks=self._blocks.pool.num_blocks,
             num_used_blocks=self._blocks.pool.num_owned,
             num_idle_blocks=self._blocks.pool.num_idle,
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
         )
 
     # Before a step

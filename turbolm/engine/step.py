@@ -59,7 +59,7 @@ class StepResult(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SchedulerStats:
-    """Counts since the start, but for the blocks, which are as of now."""
+    """Counts since the start, but for blocks and requests, which are as of now."""
 
     num_steps: int
     num_preemptions: int
@@ -70,6 +70,14 @@ class SchedulerStats:
     num_blocks: int
     num_used_blocks: int  # held by requests
     num_idle_blocks: int  # kept by the prefix cache alone; given away when needed
+    num_running: int  # requests, as of now
+    num_waiting: int
+    num_restarts: int = 0  # of the process that the engine runs in; the other counts are of the present one
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Those that requests can get."""
+        return self.num_blocks - self.num_used_blocks
 
     @property
     def kv_use(self) -> float:

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turbolm.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
+from turbolm.errors import CheckpointError, ModelNotFoundError, UserError
 from turbolm.models.gguf import GGUFFile
 from turbolm.models.gguf_config import gguf_config, gguf_generation_config
 from turbolm.models.gguf_source import GGUFSource
 from turbolm.models.safetensors import SafetensorsSource
-from turbolm.quant import CHECKPOINT_METHODS
-from turbolm.weights import WeightSource
+from turbolm.quant import read_packing
+from turbolm.weights import Packing, WeightSource
 
+_GPTQ_NAME = "quantize_config.json"
 _LATER_PART = re.compile(r".*-(?!00001)\d{5}-of-\d{5}\.gguf")
 
 
@@ -28,6 +29,7 @@ class Checkpoint:
     generation_config: dict[str, Any]  # as in generation_config.json; empty where there is none
     source: WeightSource
     gguf: GGUFFile | None  # the file where it is one: its metadata have the tokenizer
+    packing: Packing | None = None  # of quantized matrices, where they are not GGUF's
 
     @property
     def total_weight_bytes(self) -> int:
@@ -68,10 +70,9 @@ def _open_folder(path: Path) -> Checkpoint:
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} has no config.json; a model's folder needs it next to the weights")
     config = _read_json(path / "config.json")
-    _check_quantization(path, config)
     generation_path = path / "generation_config.json"
     generation_config = _read_json(generation_path) if generation_path.is_file() else {}
-    return Checkpoint(path, config, generation_config, SafetensorsSource(path), None)
+    return Checkpoint(path, config, generation_config, SafetensorsSource(path), None, _read_packing(path, config))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -86,14 +87,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _check_quantization(path: Path, config: dict[str, Any]) -> None:
+def _read_packing(path: Path, config: dict[str, Any]) -> Packing | None:
+    """How the folder's matrices are packed; None where they are not quantized. Old GPTQ checkpoints say it in a file
+    of its own."""
     quantization = config.get("quantization_config") or config.get("compression_config")
+    if not quantization and (path / _GPTQ_NAME).is_file():
+        quantization = {"quant_method": "gptq", **_read_json(path / _GPTQ_NAME)}
     if not quantization:
-        return
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if method not in CHECKPOINT_METHODS:
-        served = f"methods that it reads: {', '.join(sorted(CHECKPOINT_METHODS))}; else " if CHECKPOINT_METHODS else ""
-        raise UnsupportedModelError(
-            f"{path / 'config.json'}: the weights are quantized by {str(method)!r}, which turbolm doesn't read; "
-            f"{served}get the unquantized model, or a GGUF file of it"
-        )
+        return None
+    try:
+        return read_packing(quantization)
+    except UserError as error:
+        raise type(error)(f"{path}: {error}") from error

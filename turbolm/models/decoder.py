@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
-from turbolm.cache.spec import CacheSpec, LayerCacheSpec
+from turbolm.cache.spec import CacheSpec
+from turbolm.kv import KvFormat, KvShape
 from turbolm.layers.attention import Attention
 from turbolm.layers.linear import Linear
 from turbolm.layers.mlp import GatedMlp
@@ -64,10 +64,15 @@ class Decoder:
         return ops.logits(x, batch, self.head, self.spec.logit_softcap)
 
 
-def cache_spec(spec: DecoderSpec, dtype: torch.dtype) -> CacheSpec:
-    """What the model keeps per token."""
+def kv_layers(spec: DecoderSpec) -> tuple[KvShape, ...]:
+    """What each layer keeps per token."""
     attentions = (layer.attention for layer in spec.layers)
-    return CacheSpec(tuple(LayerCacheSpec(a.num_kv_heads, a.head_dim, a.v_head_dim) for a in attentions), dtype)
+    return tuple(KvShape(a.num_kv_heads, a.head_dim, a.v_head_dim) for a in attentions)
+
+
+def cache_spec(spec: DecoderSpec, kv: KvFormat) -> CacheSpec:
+    """What the model keeps per token, stored as `kv` says."""
+    return CacheSpec(kv_layers(spec), kv)
 
 
 def load_decoder(spec: DecoderSpec, loader: Loader, max_context: int) -> Decoder:
@@ -75,7 +80,7 @@ def load_decoder(spec: DecoderSpec, loader: Loader, max_context: int) -> Decoder
     or of another shape than the config implies."""
     ropes: dict[RopeSpec, RopeTable] = {}  # layers with the same rotation share one table
     embedding = loader.embedding(spec.embedding, (spec.vocab_size, spec.hidden_size))
-    layers = [_load_layer(layer, spec, loader, ropes, max_context) for layer in spec.layers]
+    layers = [load_layer(layer, spec, loader, ropes, max_context) for layer in spec.layers]
     final_norm = loader.vector(f"{spec.final_norm}.weight", spec.hidden_size)
     if spec.head is None:
         head = embedding
@@ -86,9 +91,10 @@ def load_decoder(spec: DecoderSpec, loader: Loader, max_context: int) -> Decoder
     return Decoder(spec, loader.ops, embedding, layers, final_norm, head)
 
 
-def _load_layer(
+def load_layer(
     layer: LayerSpec, spec: DecoderSpec, loader: Loader, ropes: dict[RopeSpec, RopeTable], max_context: int
 ) -> DecoderLayer:
+    """One layer; `ropes` are the tables that other layers made, and takes this one's."""
     ops, hidden = loader.ops, spec.hidden_size
     names, attention, mlp = layer.attention_names, layer.attention, layer.mlp
     qkv = loader.linear(names.qkv, (attention.qkv_width, hidden), names.has_qkv_bias, names.qkv_rows)

@@ -3,29 +3,59 @@ and released, so that the model never stands in memory twice."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from turbolm.errors import CheckpointError
 from turbolm.ops import Ops, PreparedLinear
-from turbolm.quant import load_weight
-from turbolm.weights import Weight, WeightSource
+from turbolm.quant import find_reader
+from turbolm.quant.rounding import Rounding
+from turbolm.weights import Packing, TensorInfo, Weight, WeightSource
 
 #: Called with (bytes read so far, bytes in total).
 Progress = Callable[[int, int], None]
 
 # Tensors that some checkpoints carry and nothing needs.
-_IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
+_IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias", ".self_attn.k_scale", ".self_attn.v_scale")
+
+
+class DeviceSource:
+    """A `WeightSource` whose tensors are read to a device: they are unpacked or rounded there."""
+
+    def __init__(self, base: WeightSource, device: torch.device) -> None:
+        self._base = base
+        self._device = device
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self._base.tensors
+
+    def read(self, name: str) -> Tensor:
+        return self._base.read(name).to(self._device)
+
+    def release(self, name: str) -> None:
+        self._base.release(name)
 
 
 class Loader:
     """Reads one checkpoint for one backend; `finish` refuses tensors that nobody asked for."""
 
-    def __init__(self, source: WeightSource, ops: Ops, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        source: WeightSource,
+        ops: Ops,
+        progress: Progress | None = None,
+        *,
+        packing: Packing | None = None,
+        rounding: Rounding | None = None,
+    ) -> None:
+        """`packing`: the checkpoint's, where it is quantized. `rounding`: of one that isn't."""
         self.source = source
         self.ops = ops
+        self.packing = packing
+        self.rounding = rounding
         self._progress = progress
         self._total = sum(info.num_bytes for info in source.tensors.values())
         self._done = 0
@@ -43,8 +73,10 @@ class Loader:
                 f"{' + '.join(prefixes)}: {num_rows} output rows in the checkpoint, the config implies {shape[0]}"
             )
         bias = torch.cat([self.vector(f"{prefix}.bias") for prefix in prefixes]) if has_bias else None
+        if not has_bias:
+            self._check_no_bias(prefixes)
         if rows is not None:
-            index = torch.tensor(rows)
+            index = torch.tensor(rows, device=next(iter(weights[0].tensors.values())).device)
             weights = [weights[0].format.select_rows(weights[0], index)]
             bias = None if bias is None else bias[index]
         prepared = self.ops.prepare_linear(weights, bias)
@@ -89,12 +121,20 @@ class Loader:
             raise CheckpointError(f"the checkpoint holds tensors that the model has no place for: {shown}")
 
     def _weight(self, prefix: str, in_features: int) -> Weight:
-        weight = load_weight(self.source, prefix)
+        reader = find_reader(self.source, prefix, self.packing)
+        is_changed = reader is self.packing or self.rounding is not None
+        weight = reader.load(DeviceSource(self.source, self.ops.device) if is_changed else self.source, prefix)
         if weight.shape[1] != in_features:
             raise CheckpointError(
                 f"{prefix}: {weight.shape[1]} input columns in the checkpoint, the config implies {in_features}"
             )
-        return weight
+        return weight if self.rounding is None else self.rounding.round(weight, prefix)
+
+    def _check_no_bias(self, prefixes: Sequence[str]) -> None:
+        """Some quantized checkpoints hold zeros where the model has no bias."""
+        for name in (f"{prefix}.bias" for prefix in prefixes):
+            if self.has(name) and self.vector(name).any():
+                raise CheckpointError(f"the checkpoint holds the bias {name}, which the config rules out")
 
     def _release(self, *prefixes: str) -> None:
         for name, info in self.source.tensors.items():

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from turbolm.cache.spec import CacheSpec, LayerCacheSpec
+from turbolm.cache.spec import CacheSpec
+from turbolm.kv import KvFormat, KvShape
 from turbolm.ops import LayerCache
 from turbolm.types import Batch
 
@@ -21,7 +22,7 @@ NULL_VOCABULARY = 258  # bytes and two turn markers; answers are lower-case lett
 class NullModel:
     """Logits are 0 for the next token and -10 for the others."""
 
-    cache_spec = CacheSpec((LayerCacheSpec(num_kv_heads=1, head_dim=1, v_head_dim=1),), torch.float32)
+    cache_spec = CacheSpec((KvShape(1, 1, 1),), KvFormat.both("float32"))
 
     def forward(self, batch: Batch, caches: Sequence[LayerCache]) -> Tensor:
         """float32 logits [r, 258] of the rows `batch.logit_rows`."""

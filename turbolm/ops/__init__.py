@@ -14,10 +14,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
+from turbolm.kv import KINDS
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from turbolm.kv import KvKind
     from turbolm.types import Batch
     from turbolm.weights import Weight
 
@@ -61,11 +64,27 @@ class RopeTable:
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """One layer's part of the KV pool. What a block's memory means is the backend's business (the
-    native one keeps keys by dimension): blocks are copied whole or not at all."""
+    """One layer's part of the KV pool, [num_blocks, num_kv_heads, block_size, ·] each. What a block's memory
+    means is the backend's business (the native one keeps keys by dimension): blocks are copied whole or not
+    at all. In its plain meaning, that of the reference:
 
-    k: Tensor  # [num_blocks, num_kv_heads, block_size, head_dim]
-    v: Tensor  # [num_blocks, num_kv_heads, block_size, v_head_dim]
+    int8, int4: value = code * scale + minimum, where of a head's dims, scale = float16((max - min) / 255 or 15),
+    minimum = float16(min), code = round((x - minimum) / scale), half to even, in 0 … 255 or 15; 0 if scale is 0.
+    int4: a byte's low nibble is dimension d, its high nibble dimension d + dim / 2. fp8: saturated to ±448.
+    """
+
+    k: Tensor  # head_dim floats, or uint8 codes (int4: head_dim / 2 bytes), or float8_e4m3fn
+    v: Tensor  # the same of v_head_dim
+    k_scales: Tensor | None = None  # float16 (scale, minimum) of int8 and int4: the last dimension is 2
+    v_scales: Tensor | None = None
+    kind_k: KvKind = ""  # type: ignore[assignment]  # if not given, as the dtype says
+    kind_v: KvKind = ""  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        for name, pool in (("kind_k", self.k), ("kind_v", self.v)):
+            if not getattr(self, name):
+                object.__setattr__(self, name, str(pool.dtype).removeprefix("torch."))
+            assert getattr(self, name) in KINDS, "codes need a kind"
 
     @property
     def block_size(self) -> int:

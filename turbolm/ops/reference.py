@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from turbolm.kv import LEVELS
 from turbolm.ops import Activation, AttentionSpec, LayerCache, RopeTable
 
 if TYPE_CHECKING:
+    from turbolm.kv import KvKind
     from turbolm.ops import PreparedLinear
     from turbolm.types import Batch
     from turbolm.weights import Weight
@@ -124,8 +126,14 @@ class ReferenceOps:
                 _rotate(part, batch.positions, rope)
         slots = batch.slots.long()
         block, offset = slots // cache.block_size, slots % cache.block_size
-        cache.k[block, :, offset] = k.to(cache.k.dtype)
-        cache.v[block, :, offset] = v.to(cache.v.dtype)
+        for heads, pool, scales, kind in (
+            (k, cache.k, cache.k_scales, cache.kind_k),
+            (v, cache.v, cache.v_scales, cache.kind_v),
+        ):
+            codes, scale = quantize_heads(heads, kind)
+            pool[block, :, offset] = codes
+            if scales is not None:
+                scales[block, :, offset] = scale
         return qkv_tw
 
     def attention(self, qkv_tw: Tensor, batch: Batch, cache: LayerCache, spec: AttentionSpec) -> Tensor:
@@ -163,15 +171,47 @@ def _rotate(x_thd: Tensor, positions_t: Tensor, rope: RopeTable) -> None:
     rotated.copy_(merged)
 
 
+def quantize_heads(x: Tensor, kind: KvKind) -> tuple[Tensor, Tensor | None]:
+    """Heads [.., d] as `LayerCache` stores them, and their scales [.., 2]."""
+    if kind not in LEVELS:
+        dtype = torch.float8_e4m3fn if kind == "fp8" else getattr(torch, kind)
+        return (x.clamp(-448.0, 448.0) if kind == "fp8" else x).to(dtype), None
+    x = x.float()
+    low, high = x.aminmax(dim=-1, keepdim=True)
+    scales = torch.cat([(high - low) / LEVELS[kind], low], dim=-1).half()
+    scale, minimum = scales.float().split(1, dim=-1)
+    codes = ((x - minimum) / scale).round().clamp(0, LEVELS[kind]).masked_fill(scale == 0, 0.0).to(torch.uint8)
+    if kind == "int4":
+        first, second = codes.chunk(2, dim=-1)
+        codes = first | second << 4
+    return codes, scales
+
+
+def dequantize_heads(codes: Tensor, scales: Tensor | None, kind: KvKind) -> Tensor:
+    """float32 [.., d] of what `quantize_heads` made."""
+    if scales is None:
+        return codes.float()
+    if kind == "int4":
+        codes = torch.cat([codes & 15, codes >> 4], dim=-1)
+    return torch.addcmul(scales[..., 1:].float(), codes.float(), scales[..., :1].float())
+
+
+def _gather(pool: Tensor, scales: Tensor | None, kind: KvKind, tables_sb: Tensor, longest: int) -> Tensor:
+    """float32 [s, kv, longest, d]: the sequences' keys or values, in order."""
+    heads = dequantize_heads(pool[tables_sb], None if scales is None else scales[tables_sb], kind)
+    return heads.transpose(1, 2).flatten(2, 3)[:, :, :longest]
+
+
 def _attend(q_sqhd: Tensor, tables_sb: Tensor, contexts_s: Tensor, cache: LayerCache, spec: AttentionSpec) -> Tensor:
     """The last q tokens of s sequences over their cached contexts → [s, q, heads, v_head_dim]."""
     num_seqs, num_queries = q_sqhd.shape[:2]
     longest = int(contexts_s.max())
     tables = tables_sb[:, : -(-longest // cache.block_size)].long()
-    k, v = (pool[tables].transpose(1, 2).flatten(2, 3)[:, :, :longest] for pool in (cache.k, cache.v))  # [s, kv, c, d]
+    k = _gather(cache.k, cache.k_scales, cache.kind_k, tables, longest)
+    v = _gather(cache.v, cache.v_scales, cache.kind_v, tables, longest)
     group = spec.num_heads // spec.num_kv_heads
     q = q_sqhd.view(num_seqs, num_queries, spec.num_kv_heads, group, spec.head_dim)
-    scores = torch.einsum("sqkgd,skcd->skgqc", q.float(), k.float()) * spec.scale
+    scores = torch.einsum("sqkgd,skcd->skgqc", q.float(), k) * spec.scale
     if spec.softcap is not None:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
     key = torch.arange(longest, device=q.device)
@@ -181,6 +221,6 @@ def _attend(q_sqhd: Tensor, tables_sb: Tensor, contexts_s: Tensor, cache: LayerC
         visible &= key > query.unsqueeze(-1) - spec.window
     scores.masked_fill_(~visible[:, None, None], float("-inf"))
     # K/V past a sequence's end are whatever the block held before, NaN perhaps: 0 * NaN would leak it.
-    v = v.float().masked_fill((key >= contexts_s.view(-1, 1))[:, None, :, None], 0.0)
+    v = v.masked_fill((key >= contexts_s.view(-1, 1))[:, None, :, None], 0.0)
     out = torch.einsum("skgqc,skcd->sqkgd", torch.softmax(scores, dim=-1), v)
     return out.reshape(num_seqs, num_queries, spec.num_heads, spec.v_head_dim).to(q_sqhd.dtype)

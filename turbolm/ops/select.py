@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from turbolm.ops import Ops
 from turbolm.ops.cpu.ops import CpuOps
 from turbolm.ops.reference import ReferenceOps
+from turbolm.ops.sharded import ShardedOps, ShardedReferenceOps
+
+if TYPE_CHECKING:
+    from turbolm.ops.cuda.sharded import GpuCollectives
 
 
 def select_ops(device: str, kernels: str, dtype: str, *, unpack: bool, threads: int) -> Ops:
@@ -22,3 +28,15 @@ def select_ops(device: str, kernels: str, dtype: str, *, unpack: bool, threads: 
 
         return CudaOps(torch.device(device), activations)
     return ReferenceOps(torch.device(device), activations, unpack=unpack)
+
+
+def select_sharded_ops(
+    device: torch.device, kernels: str, dtype: str, collectives: GpuCollectives, vocab_size: int, hidden_size: int
+) -> ShardedOps:
+    """The ops of one rank on its device. `vocab_size`: tokens that may be chosen."""
+    activations: torch.dtype = getattr(torch, dtype)
+    if kernels == "native":
+        from turbolm.ops.cuda.sharded import ShardedCudaOps  # needs triton, which not every machine has
+
+        return ShardedCudaOps(device, activations, collectives, vocab_size, hidden_size)
+    return ShardedReferenceOps(device, activations, collectives, vocab_size)

@@ -54,7 +54,8 @@ class RowFormat(ABC):
 
     def select_rows(self, weight: Weight, rows: Tensor) -> Weight:
         """A copy of these rows (int64 indices), in this order."""
-        return Weight(self, (rows.numel(), weight.shape[1]), {"data": weight.tensors["data"].index_select(0, rows)})
+        data = weight.tensors["data"]
+        return Weight(self, (rows.numel(), weight.shape[1]), {"data": data.index_select(0, rows.to(data.device))})
 
     def shard(self, weight: Weight, dim: int, rank: int, size: int) -> Weight:
         """The rank-th of `size` equal parts: of rows (dim 0) a view, of columns (dim 1) a copy.
@@ -62,13 +63,8 @@ class RowFormat(ABC):
         n, k = weight.shape
         data = weight.tensors["data"]
         units = n if dim == 0 else k // self.block_size
-        if units % size:
-            unit = "rows" if dim == 0 else f"columns ({units} {self.name} blocks of {self.block_size})"
-            raise ConfigError(
-                f"a {n} x {k} matrix can't be split over {size} devices along its {n if dim == 0 else k} {unit}; "
-                f"choose a number of devices that divides {units}"
-            )
-        part = units // size
+        unit = "rows" if dim == 0 else f"columns ({units} {self.name} blocks of {self.block_size})"
+        part = check_split(weight.shape, dim, size, units, unit)
         if dim == 0:
             return Weight(self, (part, k), {"data": data.narrow(0, rank * part, part)})
         width = part * self.block_width
@@ -84,3 +80,14 @@ class RowFormat(ABC):
     @abstractmethod
     def dequantize(self, weight: Weight, dtype: torch.dtype) -> Tensor:
         """[n, k] in `dtype`."""
+
+
+def check_split(shape: tuple[int, int], dim: int, size: int, units: int, unit: str) -> int:
+    """Units of a part where `units` of dimension `dim` are split evenly over `size` devices. Raises ConfigError
+    where they can't be."""
+    if units % size:
+        raise ConfigError(
+            f"a {shape[0]} x {shape[1]} matrix can't be split over {size} devices along its {shape[dim]} {unit}; "
+            f"choose a number of devices that divides {units}"
+        )
+    return units // size

@@ -46,6 +46,11 @@ class ServerConfig:
     """How long running requests may go on after SIGTERM or ctrl-C, before they end with an error."""
     ping_interval: float = 15.0
     """A stream that is silent for so long gets a comment, so that proxies keep it open."""
+    isolated: bool = True
+    """Run the engine in a process of its own: when that dies, it is started again, and requests that had sent
+    nothing yet are tried again."""
+    step_timeout: float = 120.0
+    """An engine in a process of its own that makes no step for so long, while requests wait, is started again."""
     log_prompts: bool = False
     """Write the bodies of requests to the log."""
 
@@ -56,7 +61,7 @@ class ServerConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{name} must be a whole number, 1 or more, got {value!r}")
-        for name in ("request_timeout", "drain_timeout", "ping_interval"):
+        for name in ("request_timeout", "drain_timeout", "ping_interval", "step_timeout"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 <= value < 1e9:
                 raise ConfigError(f"{name} must be seconds, 0 or more, got {value!r}")

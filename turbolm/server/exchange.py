@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+from turbolm.delivery import Answers
 from turbolm.errors import TurbolmError
 from turbolm.server.answer import Answer
 from turbolm.server.failures import internal, timed_out
@@ -41,9 +42,7 @@ class Exchange:
     """The answers to one request. What comes in piles up, merged, until it is taken; so a slow client costs
     the text of its answers and no more. Leaving the `async with` ends whatever still runs."""
 
-    def __init__(
-        self, sources: Sequence[AsyncIterator[Output]], num_answers: int, record: Record, metrics: Metrics
-    ) -> None:
+    def __init__(self, sources: Sequence[Answers], num_answers: int, record: Record, metrics: Metrics) -> None:
         """`sources`: the outputs of each prompt, with `num_answers` answers each."""
         self.record = record
         self.answers: dict[int, Answer] = {}  # not taken yet, by choice
@@ -59,19 +58,21 @@ class Exchange:
         self._pings = False
         self._last = 0.0  # when tokens were last taken or sent
         self._changed = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
         self._owner: asyncio.Task[Any] | None = None
 
     async def __aenter__(self) -> Exchange:
         self._owner = asyncio.current_task()
         self._last = time.perf_counter()
-        self._tasks = [asyncio.create_task(self._pump(index, source)) for index, source in enumerate(self._sources)]
+        try:
+            for index, source in enumerate(self._sources):
+                source.begin(partial(self._take_in, index * self._num_answers))
+        except TurbolmError as error:
+            self.fail(error)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for source in self._sources:
+            source.end()
 
     @property
     def is_over(self) -> bool:
@@ -134,32 +135,26 @@ class Exchange:
             self._pings = True
             self._changed.set()
 
-    async def _pump(self, prompt: int, source: AsyncIterator[Output]) -> None:
-        base = prompt * self._num_answers
+    def _take_in(self, base: int, output: Output) -> None:
+        """What the prompt whose first choice is `base` has brought."""
         try:
-            async with contextlib.aclosing(source):  # type: ignore[type-var]
-                async for output in source:
-                    self._add(base + output.index, output)
-        except TurbolmError as error:
-            self.fail(error)
+            choice = base + output.index
+            if output.error is None or output.parts:
+                answer = self.answers.get(choice)
+                if answer is None:
+                    answer = self.answers[choice] = Answer()
+                answer.add(output)
+            if output.token_ids:
+                self.record.answer_tokens += len(output.token_ids)
+                if not self.record.first_token:
+                    self._note_first()
+            if output.finish_reason is not None:
+                self._end(choice, output)
+            elif self._streams:
+                self._changed.set()
         except Exception:
             logger.exception("request %s failed", self.record.id)
             self.fail(internal())
-
-    def _add(self, choice: int, output: Output) -> None:
-        if output.error is None or output.parts:
-            answer = self.answers.get(choice)
-            if answer is None:
-                answer = self.answers[choice] = Answer()
-            answer.add(output)
-        if output.token_ids:
-            self.record.answer_tokens += len(output.token_ids)
-            if not self.record.first_token:
-                self._note_first()
-        if output.finish_reason is not None:
-            self._end(choice, output)
-        elif self._streams:
-            self._changed.set()
 
     def _note_first(self) -> None:
         now = time.perf_counter()

@@ -17,19 +17,22 @@ import uvicorn
 import uvloop
 
 from turbolm.config import EngineConfig
-from turbolm.errors import ConfigError
+from turbolm.errors import ConfigError, EngineError
 from turbolm.llm import AsyncLLM
 from turbolm.server.app import make_app
 from turbolm.server.config import ServerConfig, read_keys
 from turbolm.server.protocol import BoundedProtocol
 from turbolm.server.service import Service
+from turbolm.worker.supervisor import Supervision
 
 logger = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 1.0
 
 
 def serve(model: str, config: ServerConfig, engine: EngineConfig) -> None:
     """Loads the model and serves it. Returns after SIGTERM or ctrl-C, when running requests are done. Raises
-    UserError or CapacityError where it can't begin."""
+    UserError or CapacityError where it can't begin, EngineError where the engine is lost for good."""
     keys = read_keys(config)
     listener = _listen(config)  # before the model is loaded: a port in use shows at once
     with contextlib.closing(listener):
@@ -39,7 +42,8 @@ def serve(model: str, config: ServerConfig, engine: EngineConfig) -> None:
                 f"turbolm: warning: {config.host} is open to the network, and there is no API key: anyone who reaches "
                 "it can use the model (--api-key-file)\n"
             )
-        llm = AsyncLLM(model, engine)
+        supervision = Supervision(step_timeout=config.step_timeout)
+        llm = AsyncLLM(model, engine, isolated=supervision if config.isolated else False)
         gc.collect()
         gc.freeze()  # what loading made stays: to look for garbage in it would stall answers
         service = Service(llm, config, keys)
@@ -73,13 +77,24 @@ async def _run(service: Service, config: ServerConfig, listener: socket.socket) 
     running = asyncio.create_task(server.serve(sockets=[listener]))
     _announce(service, config, listener)
     stopped = asyncio.create_task(stopping.wait())
-    await asyncio.wait({running, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    lost = asyncio.create_task(_engine_lost(service.llm))
+    await asyncio.wait({running, stopped, lost}, return_when=asyncio.FIRST_COMPLETED)
     if stopping.is_set():
         logger.warning("finishing %d requests; a second signal ends them at once", service.num_admitted)
         await service.drain()
-        server.should_exit = True
+    server.should_exit = True
     stopped.cancel()
+    lost.cancel()
     await running
+    if service.llm.is_given_up:  # whoever started this process may do better with a new one
+        raise EngineError(service.llm.trouble or "")
+
+
+async def _engine_lost(llm: AsyncLLM) -> None:
+    """Returns when the engine is given up and its requests have had time to say so."""
+    while not llm.is_given_up:
+        await asyncio.sleep(_LOOK_SECONDS)
+    await asyncio.sleep(_LOOK_SECONDS)
 
 
 class _Server(uvicorn.Server):

@@ -12,13 +12,13 @@ from functools import partial
 from typing import Any
 
 from turbolm import __version__
+from turbolm.delivery import Answers
 from turbolm.errors import EngineError, RequestError, nearest
 from turbolm.llm import AsyncLLM
 from turbolm.server.config import ServerConfig
 from turbolm.server.exchange import Exchange, Record
 from turbolm.server.failures import ApiError, busy, closing
 from turbolm.server.metrics import Metrics
-from turbolm.types import Output
 
 STUCK_SECONDS = 120.0  # without a step of the engine, while requests are at work
 _MAX_TOKEN_CHARS = 32  # longer tokens on average: not in any text that is meant to be read
@@ -52,9 +52,7 @@ class Service:
             self.num_admitted -= 1
 
     @contextlib.asynccontextmanager
-    async def exchange(
-        self, sources: Sequence[AsyncIterator[Output]], num_answers: int, record: Record
-    ) -> AsyncIterator[Exchange]:
+    async def exchange(self, sources: Sequence[Answers], num_answers: int, record: Record) -> AsyncIterator[Exchange]:
         exchange = Exchange(sources, num_answers, record, self.metrics)
         self._exchanges.add(exchange)
         try:
@@ -86,7 +84,7 @@ class Service:
                 code="context_length_exceeded",
             )
 
-    async def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> AsyncIterator[Output]:
+    async def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Answers:
         """`AsyncLLM.chat`; long conversations are encoded off the event loop."""
         num_chars = sum(_size(message) for message in messages)
         self.check_length(num_chars, "messages")
@@ -94,7 +92,7 @@ class Service:
             return self.llm.chat(messages, **options)
         return await asyncio.to_thread(self.llm.chat, messages, **options)
 
-    async def generate(self, prompt: str | Sequence[int], **options: Any) -> AsyncIterator[Output]:
+    async def generate(self, prompt: str | Sequence[int], **options: Any) -> Answers:
         """`AsyncLLM.generate`; long prompts are tokenized off the event loop."""
         if isinstance(prompt, str):
             self.check_length(len(prompt), "prompt")
@@ -162,6 +160,8 @@ class Service:
         """None while the engine does its work."""
         if self.is_draining:
             return "the server is shutting down"
+        if self.llm.trouble is not None:
+            return self.llm.trouble
         num_steps, since = self._steps
         stuck = time.perf_counter() - since
         if self._exchanges and num_steps == self.llm.stats.num_steps and stuck > STUCK_SECONDS:

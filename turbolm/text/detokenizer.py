@@ -46,15 +46,15 @@ class Detokenizer:
 
     def push(self, token_ids: Iterable[int]) -> str:
         """The further text that is complete with these tokens."""
-        pieces = []
-        for token_id in token_ids:
-            if token_id in self._skipped:
-                continue
-            piece = self._tokenizer.token_bytes(token_id)
-            if self._is_first and piece:
-                self._is_first = False
-                piece = self._first_bytes(token_id, piece)
-            pieces.append(piece)
+        token_bytes, skipped = self._tokenizer.token_bytes, self._skipped
+        shown = [token_id for token_id in token_ids if token_id not in skipped]
+        pieces = [token_bytes(token_id) for token_id in shown]
+        if self._is_first:
+            for index, (token_id, piece) in enumerate(zip(shown, pieces, strict=True)):
+                if piece:
+                    self._is_first = False
+                    pieces[index] = self._first_bytes(token_id, piece)
+                    break
         return self._decoder.decode(b"".join(pieces))
 
     def finish(self) -> str:

@@ -16,6 +16,7 @@ from turbolm.types import Part, ReasoningPart, TextPart, join_parts
 _SPACE = " \t\r\n"
 _Format = TypeVar("_Format")
 _LINE_BREAKS = re.compile(r"[\r\n]*")
+_NOTHING = re.compile(r"(?!)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,8 @@ class PartParser:
         is_atomic = tool_format is not None and tool_format.is_atomic
         self._calls = ToolCalls(self._scan, tools, stream_arguments, is_atomic)
         self._parts: list[Part] = []
+        # Set while all text so far is handed out: the kind of part that further text is, unless this is found in it.
+        self._passing: tuple[type[TextPart] | type[ReasoningPart], re.Pattern[str]] | None = None
         self._steps = self._read_answer()
 
     @property
@@ -88,6 +91,10 @@ class PartParser:
     def push(self, text: str) -> tuple[Part, ...]:
         """The further parts that this text completes."""
         assert not self._scan.is_ended, "push after finish"
+        if self._passing is not None:
+            kind, held = self._passing
+            if not held.search(text):
+                return (kind(text),) if text else ()
         self._scan.feed(text)
         return self._advance()
 
@@ -97,10 +104,11 @@ class PartParser:
         return self._advance()
 
     def _advance(self) -> tuple[Part, ...]:
+        self._passing = None
         next(self._steps, None)
         self._parts += self._calls.take()
         parts, self._parts = self._parts, []
-        return join_parts(parts)
+        return join_parts(parts) if len(parts) > 1 else tuple(parts)
 
     def _read_answer(self) -> Steps[None]:
         if self.reasoning_format is not None:
@@ -112,6 +120,7 @@ class PartParser:
             self._emit(TextPart)
             if self._scan.is_ended:
                 return
+            self._passing = (TextPart, _NOTHING)
             yield
 
     def _read_reasoning(self, form: ReasoningFormat) -> Steps[None]:
@@ -147,6 +156,7 @@ class PartParser:
         """Emits text up to the first of `markers`, space before it left out; False where none comes."""
         scan = self._scan
         pattern = re.compile("|".join(re.escape(marker) for marker in markers))
+        held = re.compile("|".join([rf"[{_SPACE}]\Z", *(re.escape(marker[0]) for marker in markers)]))
         while True:
             text = scan.text
             found = pattern.search(text, scan.position)
@@ -160,6 +170,8 @@ class PartParser:
                 self._parts += self._calls.take()
                 scan.position = body_end
                 self._emit(kind)
+                if body_end == len(text):
+                    self._passing = (kind, held)
             scan.position = end
             if found:
                 return True

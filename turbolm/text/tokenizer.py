@@ -42,6 +42,7 @@ class Tokenizer:
         self._plain = _without_special(backend, self._added)
         self._anchored: tuple[tokenizers.Tokenizer, str] | None = None
         self._lock = threading.Lock()
+        self._bytes: dict[int, bytes] = {}  # what `token_bytes` found: streams ask for the same ones again and again
         self._is_byte_level = _is_byte_level(backend)
         self.special_tokens = dict(special_tokens)
         self.chat_templates = dict(chat_templates or {})
@@ -147,12 +148,20 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for, a part of a UTF-8 character perhaps. Control tokens
         give the bytes of their name. Raises RequestError for an id out of range."""
+        found = self._bytes.get(token_id)
+        if found is None:
+            found = self._bytes[token_id] = self._find_bytes(token_id)
+        return found
+
+    def _find_bytes(self, token_id: int) -> bytes:
         text = self.token_text(token_id)
         if token_id in self._added:
             return text.encode()
         if self._is_byte_level:
-            values = [BYTE_ALPHABET.get(c) for c in text]
-            return bytes(v for v in values if v is not None) if None not in values else text.encode()
+            try:
+                return text.translate(_BYTES).encode("latin-1")
+            except UnicodeEncodeError:  # not in that alphabet
+                return text.encode()
         if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
             return bytes([int(text[3:5], 16)])
         return text.replace("▁", " ").encode()
@@ -161,6 +170,15 @@ class Tokenizer:
         """The id of the token spelled `text` in the vocabulary (as `token_text` gives it), or None."""
         token_id: int | None = self._backend.token_to_id(text)
         return token_id
+
+    def to_json(self) -> str:
+        """A tokenizer.json of the same vocabulary and rules. It doesn't say what is put around a text: `frame` does."""
+        return str(self._backend.to_str(pretty=True))
+
+    @property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """The tokens that `encode` puts before and after a text."""
+        return list(self._prefix), list(self._suffix)
 
     def _check_id(self, token_id: int) -> None:
         if not 0 <= token_id < self.vocab_size:
@@ -229,6 +247,8 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 BYTE_ALPHABET = _byte_alphabet()
+#: The same for `str.translate`, to the byte's Latin-1 character; what isn't in the alphabet isn't in Latin-1.
+_BYTES = dict.fromkeys(range(256), 0x100) | {ord(char): byte for char, byte in BYTE_ALPHABET.items()}
 
 
 def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:

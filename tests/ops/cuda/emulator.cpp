@@ -1,6 +1,7 @@
-// Runs kernels/linear.cu on the CPU, thread by thread, as far as a GPU's rules go: lanes meet at an MMA, a
-// CTA's threads at a barrier; copies arrive as late as they may and spoil their target until then; addresses
-// are checked. MMA fragments are laid out as the PTX manual's figures for m16n8k16 have them.
+// Runs kernels/linear.cu, or where WARPGROUPS is defined kernels/wide.cu, on the CPU, thread by thread, as far as a
+// GPU's rules go: lanes meet at an MMA, a CTA's threads at a barrier; copies arrive as late as they may and spoil
+// their target until then; wgmma reads shared memory as late as it may; addresses are checked. Fragments are laid out
+// as the PTX manual's figures for m16n8k16 and m64nNk16 have them.
 
 #include <ucontext.h>
 
@@ -31,11 +32,22 @@ using std::min;
 struct uint4 {
     u32 x, y, z, w;
 };
+struct uint2 {
+    u32 x, y;
+};
+struct float4 {
+    float x, y, z, w;
+};
 struct Index {
     unsigned x, y;
 };
 
-constexpr int WARP = 32, THREADS = 32 * WARPS_M * WARPS_K;
+#ifdef WARPGROUPS
+constexpr int CTA_THREADS = 128 * WARPGROUPS;
+#else
+constexpr int CTA_THREADS = 32 * WARPS_M * WARPS_K;
+#endif
+constexpr int WARP = 32;
 constexpr size_t STACK = 128 << 10;
 
 struct Copy {
@@ -43,12 +55,21 @@ struct Copy {
     const char* from;
 };
 
+struct Product {
+    u32 a[4];
+    u64 b;
+    float (*sums)[4];
+};
+
 struct Thread {
     ucontext_t context;
     std::vector<char> stack;
     std::vector<std::vector<Copy>> groups;
     std::vector<Copy> open;
-    long barriers, multiplications;
+    std::vector<Product> products;  // all; the first `finished` are done
+    std::vector<long> product_groups;  // their number after each group that is not done
+    long finished, products_begun;
+    long barriers, warp_barriers, multiplications;
     bool done, may_touch_activations;
 };
 
@@ -58,8 +79,8 @@ struct Fragments {
 };
 
 alignas(1024) char shared[256 << 10];
-static Thread threads[THREADS];
-static Fragments fragments[THREADS / WARP];
+static Thread threads[CTA_THREADS];
+static Fragments warp_fragments[CTA_THREADS / WARP];
 static ucontext_t scheduler;
 static int current;
 static size_t shared_bytes;
@@ -86,7 +107,18 @@ static bool everyone(int first, int count, long Thread::* counter, long value) {
 
 static void __syncthreads() {
     long value = ++threads[current].barriers;
-    while (!everyone(0, THREADS, &Thread::barriers, value)) yield();
+    while (!everyone(0, CTA_THREADS, &Thread::barriers, value)) yield();
+}
+
+static void sync_warp() {
+    long value = ++threads[current].warp_barriers;
+    while (!everyone(current / WARP * WARP, WARP, &Thread::warp_barriers, value)) yield();
+}
+
+static float __uint_as_float(u32 bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
 }
 
 static float to_float(u16 bits) {
@@ -132,6 +164,23 @@ static uint4 read_shared(u32 address) {
     return value;
 }
 
+static uint2 read_shared_pair(u32 address) {
+    check(address % 8 == 0 && address + 8 <= shared_bytes, "read past shared memory");
+    uint2 value;
+    std::memcpy(&value, shared + address, 8);
+    return value;
+}
+
+static uint4 read_matrices(u32 address) {
+    const int lane = current % WARP;
+    const u32 from = address - lane * 16;
+    check(from % 128 == 0 && from + 512 <= shared_bytes, "matrices past shared memory");
+    uint4 value;
+    u32* words[4] = {&value.x, &value.y, &value.z, &value.w};
+    for (int i = 0; i < 4; i++) std::memcpy(words[i], shared + from + i * 128 + lane * 4, 4);
+    return value;
+}
+
 static void start_copy(u32 to, const char* from) {
     check(to % 16 == 0 && to + 16 <= shared_bytes && (uintptr_t)from % 16 == 0, "copy past shared memory");
     std::memset(shared + to, 0xff, 16);  // NaN
@@ -150,6 +199,11 @@ static void copy_async_once(u32 to, const char* from) {
     start_copy(to, from + OFFSET);
 }
 
+template <int OFFSET>
+static void copy_async_constant(u32 to, const char* from) {
+    copy_async_once<OFFSET>(to, from);
+}
+
 static void commit_copies() {
     Thread& thread = threads[current];
     thread.groups.push_back(std::move(thread.open));
@@ -163,6 +217,23 @@ static void wait_for_copies() {
         for (const Copy& copy : groups.front()) std::memcpy(shared + copy.to, copy.from, 16);
         groups.erase(groups.begin());
     }
+}
+
+template <typename Operation>
+static u32 each_element(u32 a, u32 b, Operation operation) {
+    u32 low = to_element(operation(to_float(a & 0xffff), to_float(b & 0xffff)));
+    return low | (u32)to_element(operation(to_float(a >> 16), to_float(b >> 16))) << 16;
+}
+
+static u32 spread_low_bytes(u32 bytes) { return (bytes & 0xff) | (bytes >> 8 & 0xff) << 16; }
+static u32 spread_high_bytes(u32 bytes) { return spread_low_bytes(bytes >> 16); }
+
+static u32 add_pairs(u32 a, u32 b) {
+    return each_element(a, b, [](float x, float y) { return x + y; });
+}
+
+static u32 multiply_pairs(u32 a, u32 b) {
+    return each_element(a, b, [](float x, float y) { return x * y; });
 }
 
 static float element(u32 pair, int index) { return to_float(index ? pair >> 16 : pair & 0xffff); }
@@ -187,7 +258,7 @@ static void multiply_warp(const Fragments& f) {
 
 static void multiply_add(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     int warp = current / WARP, lane = current % WARP;
-    Fragments& f = fragments[warp];
+    Fragments& f = warp_fragments[warp];
     u32 a[4] = {a0, a1, a2, a3};
     std::memcpy(f.a[lane], a, 16);
     f.b[lane][0] = b0, f.b[lane][1] = b1;
@@ -200,12 +271,87 @@ static void multiply_add(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0
         while (!everyone(warp * WARP, WARP, &Thread::multiplications, value));
 }
 
+#ifdef WARPGROUPS
+
+static void publish(u32* flag) {
+    __syncthreads();
+    if (current == 0) *flag = 1;
+}
+
+static void await(u32* flag) {  // the CTAs after this one have run
+    check(current > 0 || *flag == 1, "waits for a CTA that never publishes");
+    if (current == 0) *flag = 0;
+    __syncthreads();
+}
+
+static float4 read_fresh(const float4* from) { return *from; }
+
+static u64 describe_rows(u32 address) {
+    check(address % 1024 == 0, "rows are not aligned");
+    return address >> 4;
+}
+
+static void show_to_products() {}
+static void fence_products() {}
+static void settle(float (&)[TOKENS / 8][4]) {
+    check(threads[current].finished == (long)threads[current].products.size(), "sums are read too early");
+}
+
+static void multiply_add_rows(float (&sums)[TOKENS / 8][4], const u32 (&a)[4], u64 b) {
+    Thread& thread = threads[current];
+    thread.products.push_back({{a[0], a[1], a[2], a[3]}, b, sums});
+    thread.products_begun++;
+}
+
+static void commit_products() { threads[current].product_groups.push_back(threads[current].products.size()); }
+
+static float row_element(u64 descriptor, int token, int k) {
+    u32 address = (descriptor << 4) + token * 128 + k * 2;
+    address ^= (address >> 7 & 7) << 4;
+    check(address + 2 <= shared_bytes, "rows past shared memory");
+    u16 bits;
+    std::memcpy(&bits, shared + address, 2);
+    return to_float(bits);
+}
+
+// This thread's sums of a product that its quad has begun.
+static void finish_product(long index) {
+    const Product& product = threads[current].products[index];
+    const int quad = current / 4 * 4, column = current % 4 * 2;
+    for (int i = 0; i < 4; i++)
+        for (int k = 0; k < 16; k++) {
+            const Product& holder = threads[quad + k % 8 / 2].products[index];
+            float a = element(holder.a[i / 2 + k / 8 * 2], k % 2);
+            for (int j = 0; j < TOKENS / 8; j++)
+                product.sums[j][i] += a * row_element(product.b, j * 8 + column + i % 2, k);
+        }
+}
+
+template <int PENDING>
+static void wait_for_products() {
+    Thread& thread = threads[current];
+    while (thread.product_groups.size() > PENDING) {
+        const long end = thread.product_groups.front();
+        while (!everyone(current / 128 * 128, 128, &Thread::products_begun, end)) yield();
+        for (; thread.finished < end; thread.finished++) finish_product(thread.finished);
+        thread.product_groups.erase(thread.product_groups.begin());
+    }
+}
+
+#include "wide.cu"
+#define KERNEL wide
+
+#else
+
 #include "linear.cu"
+#define KERNEL linear
+
+#endif
 
 static const Arguments* arguments;
 
 static void thread_main() {
-    linear(*arguments);
+    KERNEL(*arguments);
     Thread& thread = threads[current];
     check(thread.may_touch_activations, "a thread ends without waiting for the kernel before");
     for (const auto& group : thread.groups) check(group.empty(), "a copy is under way at the end");
@@ -214,7 +360,7 @@ static void thread_main() {
     yield();
 }
 
-// order: 1: threads run from first to last, -1: the other way round.
+// order: 1: threads run from first to last, -1: the other way round. CTAs run from last to first.
 extern "C" void emulate(const Arguments* given, int groups, int splits, long num_shared, long x_bytes, long w_bytes,
                         int order) {
     arguments = given;
@@ -222,14 +368,16 @@ extern "C" void emulate(const Arguments* given, int groups, int splits, long num
     x_range = {(const char*)given->x, (const char*)given->x + x_bytes};
     w_range = {(const char*)given->w, (const char*)given->w + w_bytes};
     gridDim = {(unsigned)groups, (unsigned)splits};
-    for (int cta = 0; cta < groups * splits; cta++) {
+    for (int cta = groups * splits - 1; cta >= 0; cta--) {
         blockIdx = {(unsigned)(cta % groups), (unsigned)(cta / groups)};
         std::memset(shared, 0xff, sizeof(shared));
         started_next = false;
         for (Thread& thread : threads) {
             thread.stack.resize(STACK);
             thread.groups.clear(), thread.open.clear();
-            thread.barriers = thread.multiplications = 0;
+            thread.barriers = thread.warp_barriers = thread.multiplications = 0;
+            thread.products.clear(), thread.product_groups.clear();
+            thread.finished = thread.products_begun = 0;
             thread.done = thread.may_touch_activations = false;
             getcontext(&thread.context);
             thread.context.uc_stack.ss_sp = thread.stack.data();
@@ -239,8 +387,8 @@ extern "C" void emulate(const Arguments* given, int groups, int splits, long num
         }
         for (bool any = true; any;) {
             any = false;
-            for (int i = 0; i < THREADS; i++) {
-                current = order > 0 ? i : THREADS - 1 - i;
+            for (int i = 0; i < CTA_THREADS; i++) {
+                current = order > 0 ? i : CTA_THREADS - 1 - i;
                 if (threads[current].done) continue;
                 any = true;
                 swapcontext(&scheduler, &threads[current].context);

@@ -9,7 +9,9 @@ import torch
 from turbolm.errors import EngineError
 from turbolm.ops.cuda import compiler
 from turbolm.ops.cuda.linear import kernel_defines
-from turbolm.ops.cuda.plan import TILES, Output
+from turbolm.ops.cuda.plan import INT4, TILES, Output, tiles_of
+from turbolm.ops.cuda.wide import TILES as WIDE_TILES
+from turbolm.ops.cuda.wide import kernel_defines as wide_defines
 
 # sm_90 with every number of tokens, those that need most registers first; sm_80 has no instruction of its own
 VARIANTS = [
@@ -60,6 +62,24 @@ def test_two_ctas_fit_an_sm_without_spilling(architecture, tile, output, dtype) 
     defines = kernel_defines(tile, output, 0, dtype)
     registers, stack = resources(compiler.compile_cubin(compiler.KERNELS / "linear.cu", defines, architecture))
     assert registers > 32 and 2 * registers * tile.num_threads <= 65536
+    assert stack == 0
+
+
+@pytest.mark.parametrize("tokens", [8, 16])
+def test_two_ctas_of_4_bits_fit_an_sm_without_spilling(tokens: int) -> None:
+    tile = next(tile for tile in tiles_of(INT4[128]) if tile.tokens == tokens)
+    defines = kernel_defines(tile, Output.PARTS, 0, torch.bfloat16)
+    registers, stack = resources(compiler.compile_cubin(compiler.KERNELS / "linear.cu", defines, "sm_90"))
+    assert 2 * registers * tile.num_threads <= 65536
+    assert stack == 0
+
+
+@pytest.mark.parametrize(("i", "output"), [(0, Output.FLOATS), (4, Output.GATED)])
+def test_the_kernel_for_many_rows_compiles_without_spilling(i: int, output: Output) -> None:
+    tile = WIDE_TILES[i]
+    defines = wide_defines(tile, INT4[128], output, 0, torch.bfloat16)
+    registers, stack = resources(compiler.compile_cubin(compiler.KERNELS / "wide.cu", defines, "sm_90a"))
+    assert registers * tile.num_threads <= 65536
     assert stack == 0
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from turbolm.errors import EngineError
-from turbolm.ops.cuda import launch, linear
-from turbolm.ops.cuda.plan import Gpu
+from turbolm.ops.cuda import launch, linear, wide
+from turbolm.ops.cuda.int4 import Int4Matrix
+from turbolm.ops.cuda.plan import INT4, Gpu
 
 X, W = torch.ones(3, 256, dtype=torch.bfloat16), torch.ones(96, 256, dtype=torch.bfloat16)
 
@@ -17,15 +18,16 @@ class Driver:
     """Notes what it is asked to launch."""
 
     def __init__(self) -> None:
-        self.launches: list[tuple[launch._Config, linear.Arguments]] = []
+        self.launches: list[tuple[launch._Config, ctypes.Structure]] = []
+        self.arguments: type[ctypes.Structure] = linear.Arguments
         self.status = 0
 
     def cuLaunchKernelEx(self, config, function, parameters, _extra) -> int:  # noqa: N802
         assert function.value == 77
-        given = linear.Arguments.from_address(parameters[0])
+        given = self.arguments.from_address(parameters[0])
         copies = (
             launch._Config.from_buffer_copy(config._obj),
-            linear.Arguments.from_buffer_copy(given),
+            self.arguments.from_buffer_copy(given),
         )
         self.launches.append(copies)
         return self.status
@@ -104,3 +106,24 @@ def test_nothing_is_supported_without_a_gpu() -> None:
     if not torch.cuda.is_available():
         linear.supports.cache_clear()
         assert not linear.supports(1, 96, 256, torch.bfloat16)
+
+
+def test_4_bits_go_to_the_kernel_for_as_many_rows(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    units = torch.zeros(6, 2, INT4[64].num_bytes, dtype=torch.uint8)
+    matrix = Int4Matrix(units, 64)
+    gated = linear.linear_gated(X, matrix, "silu")
+    assert gated.shape == (3, 48)
+    (_, few), (sums, flags) = driver.launches[0], (torch.zeros(1), torch.zeros(4, dtype=torch.int32))
+    assert (few.w, few.n, few.k, few.code_mask) == (units.data_ptr(), 96, 256, 0x000F000F)
+    monkeypatch.setattr(wide, "scratch", lambda _: (sums, flags))
+    monkeypatch.setattr(wide, "gpu_of", lambda _: Gpu(4, 232_448, 233_472))
+    monkeypatch.setattr(wide, "_kernel", lambda *_: SimpleNamespace(function=ctypes.c_void_p(77)))
+    monkeypatch.setattr(driver, "arguments", wide.Arguments)
+    x, out = torch.ones(70, 512, dtype=torch.bfloat16)[:, 256:], torch.empty(70, 96)
+    wide.wide_linear(x, matrix, None, out)
+    config, many = driver.launches[1]
+    assert (many.x, many.w, many.out) == (x.data_ptr(), units.data_ptr(), out.data_ptr())
+    assert (many.x_stride, many.t, many.n, many.k, many.token_tiles) == (512, 70, 96, 256, 1)
+    assert (many.partials, many.flags) == (sums.data_ptr(), flags.data_ptr())
+    assert config.grid[0] <= 4 and config.block[0] in (256, 512)
+    wide._launch.cache_clear()

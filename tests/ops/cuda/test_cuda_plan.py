@@ -6,7 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from turbolm.ops.cuda.linear import plan_arguments
-from turbolm.ops.cuda.plan import MAX_TOKENS, X_BUFFERS, Gpu, Output, plan_linear, supports_shape
+from turbolm.ops.cuda.plan import (
+    DENSE,
+    INT4,
+    INT8,
+    MAX_TOKENS,
+    X_BUFFERS,
+    Gpu,
+    Output,
+    Unit,
+    plan_linear,
+    supports_shape,
+)
 
 H200 = Gpu(132, 232_448, 233_472)
 A100 = Gpu(108, 166_912, 167_936)
@@ -15,13 +26,18 @@ RTX_4090 = Gpu(128, 101_376, 102_400)
 
 @given(
     t=st.integers(1, MAX_TOKENS),
-    n=st.integers(1, 40_000).map(lambda i: 2 * i),
-    units=st.integers(1, 500),
+    half=st.integers(1, 30_000),
+    units=st.integers(1, 250),
     output=st.sampled_from(Output),
     gpu=st.sampled_from([H200, A100, RTX_4090]),
+    unit=st.sampled_from([DENSE, INT8, *INT4.values()]),
 )
-def test_every_output_and_k_is_covered_once(t: int, n: int, units: int, output: Output, gpu: Gpu) -> None:
-    plan = plan_linear(t, n, 64 * units, output, gpu)
+def test_every_output_and_k_is_covered_once(
+    t: int, half: int, units: int, output: Output, gpu: Gpu, unit: Unit
+) -> None:
+    n = 2 * half if not unit.groups else 16 * -(-half // 8)
+    gpu = gpu if unit is DENSE else H200  # small GPUs have no room for many rows of x, in larger units
+    plan = plan_linear(t, n, unit.k * units, output, gpu, unit)
     assert plan is not None
     arguments = plan_arguments(plan)
     covered = np.zeros((-(-n // 16), units), dtype=np.int8)
@@ -65,3 +81,8 @@ def test_layers_of_large_models_fill_the_gpu_and_leave_room(shape: tuple[int, in
 def test_shapes_that_are_not_supported(t: int, n: int, k: int) -> None:
     assert not supports_shape(t, n, k)
     assert plan_linear(t, n, k, Output.PARTS, H200) is None
+
+
+@pytest.mark.parametrize(("n", "k"), [(40, 128), (64, 192)])
+def test_4_bits_need_whole_units(n: int, k: int) -> None:
+    assert not supports_shape(1, n, k, INT4[64]) and supports_shape(1, n, k)

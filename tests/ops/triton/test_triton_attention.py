@@ -12,12 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from turbolm.cache.spec import CacheSpec
+from turbolm.kv import KvFormat, KvKind, KvShape
 from turbolm.ops import AttentionSpec, LayerCache
-from turbolm.ops.reference import ReferenceOps
+from turbolm.ops.reference import ReferenceOps, dequantize_heads, quantize_heads
 from turbolm.ops.triton import attention as dispatch
 from turbolm.ops.triton.attention import attention
 from turbolm.ops.triton.decode import DecodePlan, decode_attention, plan_decode
 from turbolm.ops.triton.prefill import MULTIPLE, PrefillPlan, plan_prefill, prefill_attention, skipped_rows
+from turbolm.ops.triton.tiles import pair_tokens
 from turbolm.types import Batch
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -31,12 +34,20 @@ class Case:
 
     qkv: Tensor
     batch: Batch
-    cache: LayerCache
+    plain: LayerCache  # as the reference keeps it
     spec: AttentionSpec
+
+    @property
+    def cache(self) -> LayerCache:
+        return pair_tokens(self.plain)
 
     def expected(self) -> Tensor:
         """[t, heads * v_head_dim] float32; zeros for sequences without context."""
-        cache = LayerCache(self.cache.k.float(), self.cache.v.float())
+        plain = self.plain
+        cache = LayerCache(
+            dequantize_heads(plain.k, plain.k_scales, plain.kind_k),
+            dequantize_heads(plain.v, plain.v_scales, plain.kind_v),
+        )
         out = torch.zeros(self.qkv.shape[0], self.spec.num_heads * self.spec.v_head_dim, device=DEVICE)
         starts = self.batch.query_start.tolist()
         for i, (first, last) in enumerate(itertools.pairwise(starts)):
@@ -57,15 +68,18 @@ class Case:
         return torch.full((self.qkv.shape[0], width), torch.nan, dtype=self.qkv.dtype, device=DEVICE)
 
     def check(self, out: Tensor) -> None:
-        tolerance = TOLERANCE[self.qkv.dtype]
+        # Beside codes, queries and weights are float16.
+        is_coded = self.plain.k.itemsize == 1 or self.plain.v.itemsize == 1
+        tolerance = max(TOLERANCE[self.qkv.dtype], TOLERANCE[torch.float16] if is_coded else 0)
         torch.testing.assert_close(out.float(), self.expected(), atol=tolerance, rtol=tolerance)
 
 
 def make_case(
     spec: AttentionSpec, sequences: list[tuple[int, int]], block_size: int, dtype: torch.dtype = torch.float32,
-    seed: int = 0,
+    seed: int = 0, kinds: tuple[KvKind | None, KvKind | None] = (None, None),
 ) -> Case:  # fmt: skip
-    """`sequences`: new tokens and context with them, decodes first; context 0: padding (one row)."""
+    """`sequences`: new tokens and context with them, decodes first; context 0: padding (one row). `kinds` of k and
+    v; None: numbers in `dtype`."""
     random = torch.Generator().manual_seed(seed)
     counts, contexts = [new for new, _ in sequences], [context for _, context in sequences]
     needed = [-(-context // block_size) for context in contexts]
@@ -91,7 +105,19 @@ def make_case(
         tuple(zip(starts[num_decodes:], counts[num_decodes:], contexts[num_decodes:], strict=False)),
     )  # fmt: skip
     qkv = torch.randn(starts[-1], spec.qkv_width, generator=random).to(dtype)
-    return Case(qkv.to(DEVICE), batch, LayerCache(*(pool.to(DEVICE) for pool in pools)), spec)
+    return Case(qkv.to(DEVICE), batch, make_cache(pools, kinds), spec)
+
+
+def make_cache(pools: list[Tensor], kinds: tuple[KvKind | None, KvKind | None]) -> LayerCache:
+    """The pools in kinds; unused slots have scales of NaN and codes of any kind."""
+    made: list[tuple[Tensor, Tensor | None, KvKind]] = []
+    for pool, kind in zip(pools, kinds, strict=True):
+        kind = kind or str(pool.dtype).removeprefix("torch.")  # type: ignore[assignment]
+        used = pool.nan_to_num(0.5) if kind == "fp8" else pool
+        codes, scales = quantize_heads(used, kind)
+        made.append((codes.to(DEVICE), None if scales is None else scales.to(DEVICE), kind))
+    (k, k_scales, kind_k), (v, v_scales, kind_v) = made
+    return LayerCache(k, v, k_scales, v_scales, kind_k, kind_v)
 
 
 def spec_of(heads: int, kv_heads: int, dim: int, v_dim: int | None = None, **options: float) -> AttentionSpec:
@@ -239,8 +265,8 @@ def test_cudnn_and_the_kernel_together_cover_a_chunk(monkeypatch: pytest.MonkeyP
 
     spec = spec_of(2, 1, 16)
     case = make_case(spec, [(1, 9), (20, 30), (270, 270)], 16)
-    case.cache.k[case.batch.block_tables[2, :17].long()] = _paged(case, 1, 270)
-    case.cache.v[case.batch.block_tables[2, :17].long()] = _paged(case, 2, 270)
+    case.plain.k[case.batch.block_tables[2, :17].long()] = _paged(case, 1, 270)
+    case.plain.v[case.batch.block_tables[2, :17].long()] = _paged(case, 2, 270)
     monkeypatch.setattr(dispatch, "CUDNN_ROWS", 256)
     monkeypatch.setattr(dispatch, "_fits_cudnn", lambda *_: True)
     monkeypatch.setattr(dispatch, "_attend_cudnn", attend)
@@ -273,13 +299,74 @@ def test_only_long_fresh_chunks_are_skipped(rows: int, cached: int, skip: int) -
     assert skipped == 0 or rows - skipped < MULTIPLE
 
 
-@given(spec=specs, shared=st.sampled_from([99, 163, 227]), longest=st.integers(1, 9000), size=st.sampled_from([2, 4]))
-def test_plans_fit(spec: AttentionSpec, shared: int, longest: int, size: int) -> None:
+@given(
+    spec=specs,
+    shared=st.sampled_from([99, 163, 227]),
+    longest=st.integers(1, 9000),
+    size=st.sampled_from([2, 4]),
+    kinds=st.sampled_from([("float16", "float16"), ("int8", "int8"), ("int4", "int4"), ("float16", "fp8")]),
+)
+def test_plans_fit(spec: AttentionSpec, shared: int, longest: int, size: int, kinds: tuple[KvKind, KvKind]) -> None:
     spec = replace(spec, head_dim=8 * spec.head_dim, v_head_dim=8 * spec.v_head_dim)
+    shape = KvShape(spec.num_kv_heads, spec.head_dim, spec.v_head_dim)
+    (cache,) = CacheSpec((shape,), KvFormat(*kinds, "float16")).allocate(1, 16, torch.device("cpu"))
     group = spec.num_heads // spec.num_kv_heads
     plan = plan_prefill(spec, size, shared << 10, longest)
     assert plan.rows >= group and plan.rows % 16 == 0 and plan.num_stages >= 1
     used = plan.rows * spec.head_dim + plan.num_stages * plan.tile * (spec.head_dim + spec.v_head_dim)
     assert used * size <= shared << 10
     for num_sequences, max_context in ((1, 8192), (64, 512)):
-        assert plan_decode(spec, size, 132, shared << 10, num_sequences, max_context).programs >= 132
+        decode = plan_decode(spec, cache, 132, shared << 10, num_sequences, max_context)
+        assert decode.programs >= 132
+        per_sm = decode.programs // 132
+        tiles = (decode.num_stages - 1) * decode.tile * shape.bytes_per_token(*kinds) // spec.num_kv_heads
+        assert per_sm == 1 or per_sm * tiles <= shared << 10
+
+
+kinds = st.sampled_from([("int8", "int8"), ("int4", "int4"), ("fp8", "fp8"), ("int8", "int4"), (None, "int4"),
+                         ("int4", None), ("fp8", "int8")])  # fmt: skip
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    kinds=kinds,
+    heads=st.sampled_from([(1, 1), (3, 1), (8, 2)]),
+    dims=st.sampled_from([(16, 16), (32, 48), (80, 80), (64, 64)]),
+    window=st.sampled_from([None, None, 5]),
+    softcap=st.sampled_from([None, None, 2.0]),
+    decodes=st.lists(one_decode, max_size=3),
+    chunks=st.lists(one_chunk, max_size=2),
+    block_size=st.sampled_from([8, 64]),
+    seed=st.integers(0, 99),
+)
+def test_a_mixed_step_over_codes(
+    kinds: tuple[KvKind, KvKind], heads: tuple[int, int], dims: tuple[int, int], window: int | None,
+    softcap: float | None, decodes: list[tuple[int, int]], chunks: list[tuple[int, int]], block_size: int, seed: int,
+) -> None:  # fmt: skip
+    spec = spec_of(*heads, *dims, window=window, softcap=softcap)
+    case = make_case(spec, [*decodes, *chunks] or [(1, 3)], block_size, torch.float16, seed, kinds)
+    out = case.empty_out()
+    attention(case.qkv, case.batch, case.cache, case.spec, out)
+    case.check(out)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+def test_divided_pairs_over_codes(kind: KvKind) -> None:
+    case = make_case(spec_of(2, 1, 32), [(1, 70), (1, 1), (1, 0), (1, 17)], 16, torch.float16, 0, (kind, kind))
+    first = run_decode(case, DecodePlan(16, 4, 1, 3))
+    case.check(first)
+    assert torch.equal(first, run_decode(case, DecodePlan(16, 4, 1, 3)))
+    case.check(run_decode(case, DecodePlan(32, 3, 1, 3, reduce_apart=True)))
+
+
+def test_large_and_small_numbers_over_codes() -> None:
+    """Queries beyond the range of float16, and values far below 1."""
+    case = make_case(spec_of(2, 1, 32), [(1, 40), (20, 30)], 16, torch.float32, 0, ("int8", "int8"))
+    case.qkv *= 1e6
+    cache = case.plain
+    assert cache.k_scales is not None and cache.v_scales is not None
+    case.plain = replace(cache, k_scales=cache.k_scales / 1024, v_scales=cache.v_scales / 1024)
+    case.spec = replace(case.spec, scale=1e-3)
+    out = case.empty_out()
+    attention(case.qkv, case.batch, case.cache, case.spec, out)
+    torch.testing.assert_close(1024 * out, 1024 * case.expected(), atol=2e-2, rtol=1e-2)

@@ -12,9 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from turbolm.cache.spec import CacheSpec
+from turbolm.kv import KvFormat, KvKind, KvShape
 from turbolm.ops import Activation, AttentionSpec, LayerCache, RopeTable
 from turbolm.ops.reference import ReferenceLinear, ReferenceOps
 from turbolm.ops.triton import rows
+from turbolm.ops.triton.tiles import pair_tokens
 from turbolm.types import Batch
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy, where a GPU is silent
@@ -181,3 +184,39 @@ def test_rotary_store(
         torch.testing.assert_close(pool.float(), wanted, rtol=ROUNDING[dtype], atol=2e-5)
         stored = pool[[4, 1], :, 1].flatten(1)  # slots 33 and 9
         assert torch.equal(stored, part[kept])  # to the bit what attention reads in the row
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    kinds=st.sampled_from(
+        [("int8", "int4"), ("int4", "fp8"), ("fp8", "int8"), ("float16", "int4"), ("int8", "float16")]
+    ),
+    heads=st.sampled_from([(1, 1), (9, 3)]),
+    dims=st.sampled_from([(64, 64), (80, 80), (96, 64)]),
+    rope=st.sampled_from([None, (32, False), (64, True)]),
+    per_program=st.sampled_from([None, 2]),
+    seed=st.integers(0, 99),
+)
+def test_rotary_store_of_codes(
+    kinds: tuple[KvKind, KvKind], heads: tuple[int, int], dims: tuple[int, int], rope: tuple[int, bool] | None,
+    per_program: int | None, seed: int,
+) -> None:  # fmt: skip
+    """To the bit what the reference makes of the finished row."""
+    spec = AttentionSpec(*heads, *dims, scale=1.0)
+    angles = 6 * random(40, 0 if rope is None else rope[0] // 2, seed=seed)
+    table = None if rope is None else RopeTable(angles.cos(), angles.sin(), rope[1])
+    out = 3 * random(3, spec.qkv_width, seed=seed, dtype=torch.float16)
+    out[0, -spec.v_head_dim :] = 1.5  # a head without range
+    out[2, -1] = 1000.0
+    layout = CacheSpec((KvShape(heads[1], *dims),), KvFormat(*kinds, "float16"))
+    (cache,), (expected,) = (layout.allocate(5, 8, torch.device(DEVICE)) for _ in range(2))
+    batch = make_batch([0, 39, 7], [33, -1, 9])
+    rows.rotary_store(
+        out, batch.positions, batch.slots, cache, spec, table, None, None, 1e-6, out, heads=per_program
+    )  # fmt: skip
+    kept = make_batch([0, 7], [33, 9])
+    REFERENCE.rotary_store(out[[0, 2]], kept, expected, spec, None, None, None, 1e-6)
+    expected = pair_tokens(expected)
+    for name in ("k", "v", "k_scales", "v_scales"):
+        found, wanted = getattr(cache, name), getattr(expected, name)
+        assert found is None or torch.equal(found.view(torch.uint8), wanted.view(torch.uint8)), name

@@ -12,7 +12,7 @@ from typing import ClassVar
 # Flags of an instruction; csrc/ops.h says what they mean.
 BARRIER, LONE_BARRIER, OWN_INPUT, OWN_OUTPUT, POSTPONED = 1, 2, 4, 8, 16
 
-CACHE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # by torch's names
+CACHE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "int4": 4, "fp8": 5}  # kinds of LayerCache
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
 
@@ -51,7 +51,15 @@ class Instruction(ctypes.Structure):
 
 
 class KvPool(ctypes.Structure):
-    _fields_: ClassVar = [("k", c_void_p), ("v", c_void_p), ("type", c_int32), ("block_size", c_int32)]
+    _fields_: ClassVar = [
+        ("k", c_void_p),
+        ("v", c_void_p),
+        ("k_scales", c_void_p),
+        ("v_scales", c_void_p),
+        ("k_type", c_int32),
+        ("v_type", c_int32),
+        ("block_size", c_int32),
+    ]
 
 
 class HeadShape(ctypes.Structure):

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from turbolm.ops.cpu.blocks import RowSource, row_source, unpacked_rows
 from turbolm.ops.cpu.library import library
 from turbolm.weights import Weight
 
@@ -25,6 +26,8 @@ FORMATS = {
     "q4_k": 9, "q5_k": 10, "q6_k": 11, "iq4_xs": 12,
     "q2_k": 13, "q3_k": 14,
 }  # fmt: skip
+
+_NAMES = frozenset(FORMATS)
 
 GROUP_ROWS = 16
 _ALIGNMENT = 64  # bytes: a cache line, and a 512-bit load
@@ -89,20 +92,20 @@ class PackedMatrix:
 def pack(weights: Sequence[Weight], bias: Tensor | None, *, unpack: bool = False) -> PackedLinear | None:
     """The matrices (same k) stacked by output rows; None where the kernels lack a format. `bias`: [n].
     `unpack`: weights become float32, whatever their format."""
-    if not unpack and any(weight.format.name not in FORMATS for weight in weights):
+    sources = [unpacked_rows(weight, "f32") if unpack else row_source(weight, _NAMES) for weight in weights]
+    if any(source is None for source in sources):
         return None
     k = weights[0].shape[1]
     assert all(weight.shape[1] == k for weight in weights), "stacked matrices have the same inputs"
     parts = []
     tasks: list[Callable[[], None]] = []
-    for run in _runs(weights, unpack):
-        code = FORMATS["f32" if unpack else run[0].format.name]
-        part = PackedMatrix(code, sum(weight.shape[0] for weight in run), k)
+    for run in _runs([source for source in sources if source is not None]):
+        part = PackedMatrix(FORMATS[run[0].format], sum(source.shape[0] for source in run), k)
         parts.append(part)
         group = 0
-        for weight in run:
-            tasks += _tasks(part, weight, group, unpack)
-            group += weight.shape[0] // GROUP_ROWS
+        for source in run:
+            tasks += _tasks(part, source, group)
+            group += source.shape[0] // GROUP_ROWS
     _run_all(tasks)
     return PackedLinear(k, parts, bias)
 
@@ -113,38 +116,34 @@ def workspace_bytes(in_features: int, max_rows: int, num_threads: int) -> int:
     return num_bytes
 
 
-def _runs(weights: Sequence[Weight], unpack: bool) -> Iterator[list[Weight]]:
+def _runs(sources: Sequence[RowSource]) -> Iterator[list[RowSource]]:
     """Neighbours that make one packed matrix: same format, and groups of 16 rows don't cross weights."""
-    run: list[Weight] = []
-    for weight in weights:
-        fits = run and (unpack or run[-1].format.name == weight.format.name) and run[-1].shape[0] % GROUP_ROWS == 0
+    run: list[RowSource] = []
+    for source in sources:
+        fits = run and run[-1].format == source.format and run[-1].shape[0] % GROUP_ROWS == 0
         if run and not fits:
             yield run
             run = []
-        run.append(weight)
+        run.append(source)
     yield run
 
 
-def _tasks(part: PackedMatrix, weight: Weight, first_group: int, unpack: bool) -> Iterator[Callable[[], None]]:
-    """Calls that pack `weight` to the groups of `part` from `first_group` on; a few megabytes each."""
+def _tasks(part: PackedMatrix, source: RowSource, first_group: int) -> Iterator[Callable[[], None]]:
+    """Calls that pack `source` to the groups of `part` from `first_group` on; a few megabytes each."""
     group_bytes = part.data.numel() // part.num_groups
-    num_groups = -(-weight.shape[0] // GROUP_ROWS)
+    num_groups = -(-source.shape[0] // GROUP_ROWS)
     step = max(1, _TASK_BYTES // group_bytes)
     for group in range(0, num_groups, step):
         count = min(step, num_groups - group)
         address = part.data.data_ptr() + (first_group + group) * group_bytes
-        yield functools.partial(_pack_groups, part.format, weight, group, count, address, unpack)
+        yield functools.partial(_pack_groups, part.format, source, group, count, address)
 
 
-def _pack_groups(format_code: int, weight: Weight, group: int, count: int, address: int, unpack: bool) -> None:
-    """Pack `count` groups of `weight` from `group` on to `address`."""
-    (n, k), first = weight.shape, group * GROUP_ROWS
+def _pack_groups(format_code: int, source: RowSource, group: int, count: int, address: int) -> None:
+    """Pack `count` groups of `source` from `group` on to `address`."""
+    (n, k), first = source.shape, group * GROUP_ROWS
     last = min(first + count * GROUP_ROWS, n)
-    if unpack:
-        rows = torch.arange(first, last)
-        data = weight.format.select_rows(weight, rows).dequantize(torch.float32).contiguous()
-    else:
-        data = weight.tensors["data"][first:last].contiguous()
+    data = source.read(slice(first, last))
     _native().turbolm_pack(format_code, data.data_ptr(), last - first, k, 0, count, address)
 
 

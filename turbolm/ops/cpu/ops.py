@@ -3,8 +3,9 @@
 Each op is an instruction (instructions.py). It runs at once, or, while a recorder is active, becomes
 part of a plan (plan.py): the same instruction, so the same results bit by bit.
 
-The kernels keep k of each KV block by dimension in groups of 16 tokens (csrc/ops.h, KvPool), inside
-the memory that `LayerCache.k` describes: nothing but `rotary_store` and `attention` may look into it.
+The kernels keep k of each KV block by dimension in groups of 16 tokens, and scales in an order of their own
+(csrc/ops.h, KvPool), inside the memory that `LayerCache` describes: nothing but `rotary_store` and `attention`
+may look into it.
 """
 
 from __future__ import annotations
@@ -60,12 +61,10 @@ class CpuOps:
 
     def supports(self, cache: LayerCache) -> bool:
         """Whether the kernels read and write this KV cache; else its ops run on plain PyTorch."""
-        if _type_name(cache) in instructions.CACHE_TYPES and cache.block_size in (8, 16, 32, 64, 128):
+        kinds = {cache.kind_k, cache.kind_v}
+        if kinds <= instructions.CACHE_TYPES.keys() and cache.block_size in (8, 16, 32, 64, 128):
             return True
-        _log_once(
-            f"no native kernels for a KV cache of {_type_name(cache)} in blocks of {cache.block_size}: "
-            "attention runs on plain PyTorch, several times slower"
-        )
+        _log_once(f"no native kernels for {_described(cache)}: attention runs on plain PyTorch, several times slower")
         return False
 
     # --- weights ---
@@ -121,7 +120,7 @@ class CpuOps:
         eps: float,
     ) -> Tensor:
         if not self.supports(cache):
-            self._eager(qkv_tw, f"a KV cache of {cache.k.dtype}")
+            self._eager(qkv_tw, _described(cache))
             return self._reference.rotary_store(qkv_tw, batch, cache, spec, rope, q_norm, k_norm, eps)
         self._emit(
             instructions.RotaryStore,
@@ -142,7 +141,7 @@ class CpuOps:
 
     def attention(self, qkv_tw: Tensor, batch: Batch, cache: LayerCache, spec: AttentionSpec) -> Tensor:
         if not self.supports(cache):
-            return self._reference.attention(self._eager(qkv_tw, f"a KV cache of {cache.k.dtype}"), batch, cache, spec)
+            return self._reference.attention(self._eager(qkv_tw, _described(cache)), batch, cache, spec)
         y = self._new(qkv_tw.shape[0], spec.num_heads * spec.v_head_dim)
         shape = _heads(spec)
         max_context = batch.max_context
@@ -259,13 +258,16 @@ def _rows(x: Tensor) -> instructions.Step:
 
 
 def _pool(cache: LayerCache) -> instructions.KvPool:
-    assert cache.k.is_contiguous() and cache.v.is_contiguous()
-    kind = instructions.CACHE_TYPES[_type_name(cache)]
-    return instructions.KvPool(cache.k.data_ptr(), cache.v.data_ptr(), kind, cache.block_size)
+    tensors = (cache.k, cache.v, cache.k_scales, cache.v_scales)
+    assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
+    addresses = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+    kinds = (instructions.CACHE_TYPES[kind] for kind in (cache.kind_k, cache.kind_v))
+    return instructions.KvPool(*addresses, *kinds, cache.block_size)
 
 
-def _type_name(cache: LayerCache) -> str:
-    return str(cache.k.dtype).removeprefix("torch.")
+def _described(cache: LayerCache) -> str:
+    kinds = cache.kind_k if cache.kind_k == cache.kind_v else f"{cache.kind_k} keys and {cache.kind_v} values"
+    return f"a KV cache of {kinds} in blocks of {cache.block_size}"
 
 
 def _heads(spec: AttentionSpec) -> instructions.HeadShape:

@@ -14,59 +14,64 @@ from torch import Tensor
 
 from turbolm.errors import EngineError
 from turbolm.ops.cuda.compiler import KERNELS, compile_cubin, cuda_kernels_error
+from turbolm.ops.cuda.eight_bit import EightBitMatrix
+from turbolm.ops.cuda.int4 import Int4Matrix
 from turbolm.ops.cuda.launch import Kernel, Launch, shared_memory
-from turbolm.ops.cuda.plan import Gpu, Output, Plan, Tile, plan_linear
+from turbolm.ops.cuda.plan import DENSE, Gpu, Output, Plan, Tile, Unit, plan_linear
 
-_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+Matrix = Tensor | Int4Matrix | EightBitMatrix  # [n, k]: in the dtype of x, or quantized
+
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
 
 class Arguments(ctypes.Structure):
     """As the kernel declares it."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "w", "bias", "out")),
+        *((name, ctypes.c_void_p) for name in ("x", "w", "bias", "out", "scales")),
         *((name, ctypes.c_int) for name in ("x_stride", "t", "n", "k")),
         *((name, ctypes.c_int) for name in ("tiles", "tiles_extra", "units", "units_extra")),
         ("resident", ctypes.c_int),
         *((f"prefetch_{name}", ctypes.c_int) for name in ("first_tile", "tiles", "first_unit", "units")),
+        ("code_mask", ctypes.c_uint),
     )
 
 
 @functools.cache
-def supports(t: int, n: int, k: int, dtype: torch.dtype) -> bool:
+def supports(t: int, n: int, k: int, dtype: torch.dtype, unit: Unit = DENSE) -> bool:
     """Whether the functions below take x [t, k] and w [n, k] on the current GPU: up to 64 rows, k a multiple
-    of 64, bfloat16 or float16."""
+    of 64 (of 4 bits: of 128), bfloat16 or float16."""
     if dtype not in (torch.bfloat16, torch.float16) or cuda_kernels_error() is not None:
         return False
     gpu = gpu_of(torch.cuda.current_device())
-    return all(plan_linear(t, n, k, output, gpu) is not None for output in Output)
+    return all(plan_linear(t, n, k, output, gpu, unit) is not None for output in Output)
 
 
-def linear_parts(x_tk: Tensor, weight_nk: Tensor, bias_n: Tensor | None = None) -> Tensor:
+def linear_parts(x_tk: Tensor, weight: Matrix, bias_n: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias → [p, t, n] float32, to be summed over p; or finished, [t, n] in the dtype of x."""
-    plan = plan_for(x_tk, weight_nk, Output.PARTS)
+    plan = plan_for(x_tk, weight, Output.PARTS)
     output = Output.PARTS if plan.splits > 1 else Output.ELEMENTS
-    shape = (x_tk.shape[0], weight_nk.shape[0])
+    shape = (x_tk.shape[0], weight.shape[0])
     if plan.splits > 1:
         out = x_tk.new_empty((plan.splits, *shape), dtype=torch.float32)
     else:
         out = x_tk.new_empty(shape)
-    run(plan, output, x_tk, weight_nk, bias_n, out)
+    run(plan, output, x_tk, weight, bias_n, out)
     return out
 
 
-def linear_gated(x_tk: Tensor, weight_nk: Tensor, activation: Literal["silu", "gelu", "gelu_tanh"]) -> Tensor:
+def linear_gated(x_tk: Tensor, weight: Matrix, activation: Literal["silu", "gelu", "gelu_tanh"]) -> Tensor:
     """activation(x @ first half of weight.T) * (x @ second half of weight.T) → [t, f] in the dtype of x."""
-    out = x_tk.new_empty((x_tk.shape[0], weight_nk.shape[0] // 2))
-    run(plan_for(x_tk, weight_nk, Output.GATED), Output.GATED, x_tk, weight_nk, None, out, activation)
+    out = x_tk.new_empty((x_tk.shape[0], weight.shape[0] // 2))
+    run(plan_for(x_tk, weight, Output.GATED), Output.GATED, x_tk, weight, None, out, activation)
     return out
 
 
-def linear_logits(x_tk: Tensor, weight_nk: Tensor, out_tn: Tensor | None = None) -> Tensor:
+def linear_logits(x_tk: Tensor, weight: Matrix, out_tn: Tensor | None = None) -> Tensor:
     """x @ weight.T → [t, n] float32, into `out_tn` (contiguous) if given."""
     if out_tn is None:
-        out_tn = x_tk.new_empty((x_tk.shape[0], weight_nk.shape[0]), dtype=torch.float32)
-    run(plan_for(x_tk, weight_nk, Output.FLOATS), Output.FLOATS, x_tk, weight_nk, None, out_tn)
+        out_tn = x_tk.new_empty((x_tk.shape[0], weight.shape[0]), dtype=torch.float32)
+    run(plan_for(x_tk, weight, Output.FLOATS), Output.FLOATS, x_tk, weight, None, out_tn)
     return out_tn
 
 
@@ -76,10 +81,11 @@ def gpu_of(device_index: int) -> Gpu:
     return Gpu(torch.cuda.get_device_properties(device_index).multi_processor_count, *shared_memory(device_index))
 
 
-def plan_for(x_tk: Tensor, weight_nk: Tensor, output: Output) -> Plan:
+def plan_for(x_tk: Tensor, weight: Matrix, output: Output) -> Plan:
     """The layout for these matrices; EngineError where `supports` is false."""
-    (t, k), n = x_tk.shape, weight_nk.shape[0]
-    plan = plan_linear(t, n, k, output, gpu_of(x_tk.get_device()))
+    (t, k), n = x_tk.shape, weight.shape[0]
+    unit = DENSE if isinstance(weight, Tensor) else weight.unit
+    plan = plan_linear(t, n, k, output, gpu_of(x_tk.get_device()), unit)
     if plan is None:
         raise EngineError(f"no kernel for x [{t}, {k}] and w [{n}, {k}]: `supports` was not asked")
     return plan
@@ -89,7 +95,7 @@ def run(
     plan: Plan,
     output: Output,
     x_tk: Tensor,
-    weight_nk: Tensor,
+    weight: Matrix,
     bias_n: Tensor | None,
     out: Tensor,
     activation: str = "silu",
@@ -100,23 +106,32 @@ def run(
     earlier kernels run. overlap: see `Launch`; None: where that is faster."""
     if x_tk.stride(1) != 1 or x_tk.stride(0) % 8 or x_tk.data_ptr() % 16:
         x_tk = x_tk.contiguous()
-    assert weight_nk.is_contiguous() and out.is_contiguous() and weight_nk.data_ptr() % 16 == 0
-    assert weight_nk.dtype == x_tk.dtype and (bias_n is None or bias_n.dtype == x_tk.dtype)
-    assert weight_nk.shape[1] == x_tk.shape[1]
+    stored = _stored(weight)
+    assert stored.is_contiguous() and out.is_contiguous() and stored.data_ptr() % 16 == 0
+    assert stored is not weight or stored.dtype == x_tk.dtype
+    assert bias_n is None or bias_n.dtype == x_tk.dtype
+    assert weight.shape[1] == x_tk.shape[1]
     device_index = x_tk.get_device()
     # The activation makes no difference but to the gated kernel.
-    number = _ACTIVATIONS[activation] if output is Output.GATED else 0
+    number = ACTIVATIONS[activation] if output is Output.GATED else 0
     overlap = plan.is_fast_beside_others if overlap is None else overlap
     launch = _launch(plan, output, number, x_tk.dtype, device_index, overlap)
     arguments = launch.arguments
     arguments.x = x_tk.data_ptr()
-    arguments.w = weight_nk.data_ptr()
+    arguments.w = stored.data_ptr()
     arguments.bias = None if bias_n is None else bias_n.data_ptr()
     arguments.out = out.data_ptr()
+    arguments.scales = weight.scales.data_ptr() if isinstance(weight, EightBitMatrix) else None
     arguments.x_stride = x_tk.stride(0)
     arguments.t = x_tk.shape[0]
-    arguments.n, arguments.k = weight_nk.shape
+    arguments.n, arguments.k = weight.shape
     launch(device_index)
+
+
+def _stored(weight: Matrix) -> Tensor:
+    if isinstance(weight, Int4Matrix):
+        return weight.units
+    return weight.codes if isinstance(weight, EightBitMatrix) else weight
 
 
 @functools.cache
@@ -150,6 +165,8 @@ def kernel_defines(tile: Tile, output: Output, activation: int, dtype: torch.dty
         "MIN_CTAS": 2,
         "OUTPUT": int(output),
         "ACTIVATION": activation,
+        "WEIGHTS": tile.unit.weights,
+        "GROUPS": tile.unit.groups,
     }
 
 
@@ -164,5 +181,6 @@ def plan_arguments(plan: Plan) -> Arguments:
         units=units,
         units_extra=units_extra,
         resident=plan.resident,
+        code_mask=0x000F000F,
         **dict(zip(names, plan.prefetch, strict=True)),
     )

@@ -7,15 +7,17 @@ applied). The partial sums of what was split over k are added up by the next ker
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import logging
 from typing import TYPE_CHECKING, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from turbolm.ops.cuda import linear as small
+from turbolm.ops.cuda import decode, eight_bit, int4
+from turbolm.ops.cuda.eight_bit import EightBitMatrix, row_scales
 from turbolm.ops.cuda.upload import Uploader
+from turbolm.ops.cuda.weights import Deferred, DenseLinear, EightBitLinear, Int4Linear, PackedLinear
 from turbolm.ops.triton import rows, sampling
 from turbolm.ops.triton.attention import attention
 
@@ -25,41 +27,9 @@ if TYPE_CHECKING:
     from turbolm.weights import Weight
 
 
-_FEW_ROWS = 16  # of x, up to which turbolm's kernel is faster than cuBLAS …
-_FEW_ROWS_OF_SMALL = 32  # … and with weights of at most
-_LARGE = 16 << 20  # bytes
+_log = logging.getLogger(__name__)
 
-
-@dataclass(slots=True)
-class DenseLinear:
-    """Matrices stacked by output rows, in the dtype of the activations."""
-
-    weight: Tensor  # [n, k]
-    bias: Tensor | None  # [n]
-
-    @property
-    def out_features(self) -> int:
-        return int(self.weight.shape[0])
-
-    @property
-    def in_features(self) -> int:
-        return int(self.weight.shape[1])
-
-    @property
-    def num_bytes(self) -> int:
-        return self.weight.numel() * self.weight.element_size()
-
-
-@dataclass(slots=True)
-class Deferred:
-    """A matrix product that its consumer computes."""
-
-    x_tk: Tensor
-    linear: DenseLinear
-
-    def parts(self) -> Tensor:
-        """[p, t, n] float32, to be summed over p; or finished [t, n]."""
-        return small.linear_parts(self.x_tk, self.linear.weight, self.linear.bias)
+_MAX_PAIRS = 1 << 17  # sequences x kv heads of a step
 
 
 class CudaOps:
@@ -71,31 +41,65 @@ class CudaOps:
         self.device = device
         self.dtype = dtype
         self._logits: Tensor | None = None  # [rows, v], for all steps
+        self._counters: Tensor | None = None  # of decode attention: int32, all 0 between launches
         self._uploader: Uploader | None = None  # while weights are loaded
 
     def prepare_linear(self, weights: list[Weight], bias: Tensor | None) -> PreparedLinear:
+        bias = None if bias is None else bias.to(self.device, self.dtype)
+        formats = {weight.format.name for weight in weights}
+        if formats <= {"int4"} or formats <= {"int8"} or formats <= {"fp8"}:
+            reason = _unpack_reason(weights, self.device)
+            if reason is None and "int4" in formats:
+                return Int4Linear(self._pack_int4(weights), bias, self._columns(weights))
+            if reason is None:
+                return EightBitLinear(self._stack_codes(weights), bias)
+            _tell_unpacked(weights[0].format.name, reason)
+        return DenseLinear(self._stack(weights), bias)
+
+    def _stack(self, weights: list[Weight]) -> Tensor:
+        """[n, k] in the dtype of activations."""
         num_rows, in_features = sum(w.shape[0] for w in weights), weights[0].shape[1]
         stacked = torch.empty(num_rows, in_features, dtype=self.dtype, device=self.device)
         row = 0
         for weight in weights:
             self._copy(weight.dequantize(self.dtype), stacked[row : row + weight.shape[0]])
             row += weight.shape[0]
-        return DenseLinear(stacked, None if bias is None else bias.to(self.device, self.dtype))
+        return stacked
+
+    def _pack_int4(self, weights: list[Weight]) -> int4.Int4Matrix:
+        n, k = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
+        codes = torch.empty(n, k // 2, dtype=torch.uint8, device=self.device)
+        for weight, part in zip(weights, torch.split(codes, [weight.shape[0] for weight in weights]), strict=True):
+            self._copy(weight.tensors["codes"], part)
+        scales, zeros = (
+            torch.cat([weight.tensors[name].to(self.device) for weight in weights]) for name in ("scales", "zeros")
+        )
+        return int4.pack(codes, scales, zeros)
+
+    def _stack_codes(self, weights: list[Weight]) -> EightBitMatrix:
+        n, k = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
+        codes = torch.empty(n, k, dtype=weights[0].tensors["codes"].dtype, device=self.device)
+        row, scales = 0, []
+        for weight in weights:
+            own = row_scales(weight)
+            assert own is not None
+            scales.append(own.to(self.device))
+            self._copy(weight.tensors["codes"], codes[row : row + weight.shape[0]])
+            row += weight.shape[0]
+        return EightBitMatrix(codes, torch.cat(scales))
+
+    def _columns(self, weights: list[Weight]) -> Tensor | None:
+        columns = weights[0].tensors.get("columns")
+        return None if columns is None else columns.to(self.device)
 
     def linear(self, x_tk: Tensor, weight: PreparedLinear) -> Tensor:
-        assert isinstance(weight, DenseLinear)
-        if self._is_small(x_tk.shape[0], weight):
+        assert isinstance(weight, PackedLinear)
+        if weight.is_deferred(x_tk.shape[0]):
             return cast(Tensor, Deferred(x_tk, weight))
-        return F.linear(x_tk, weight.weight, weight.bias)
-
-    def _is_small(self, num_rows: int, weight: DenseLinear) -> bool:
-        """Whether turbolm's kernel for few rows is the faster one (docs/log.md)."""
-        limit = _FEW_ROWS if weight.num_bytes > _LARGE else _FEW_ROWS_OF_SMALL
-        supports = small.supports(num_rows, weight.out_features, weight.in_features, self.dtype)
-        return num_rows <= limit and supports
+        return weight.multiply(x_tk)
 
     def prepare_embedding(self, weight: Weight) -> PreparedLinear:
-        return self.prepare_linear([weight], None)
+        return DenseLinear(self._stack([weight]), None)
 
     def embedding(self, token_ids_t: Tensor, table: PreparedLinear, scale: float = 1.0) -> Tensor:
         assert isinstance(table, DenseLinear)
@@ -135,30 +139,35 @@ class CudaOps:
 
     def attention(self, qkv_tw: Tensor, batch: Batch, cache: LayerCache, spec: AttentionSpec) -> Tensor:
         out = self._empty(qkv_tw.shape[0], spec.num_heads * spec.v_head_dim)
-        attention(qkv_tw, batch, cache, spec, out)
+        num_decodes = batch.num_decodes
+        if num_decodes and decode.supports(spec, cache):
+            if self._counters is None:
+                self._counters = torch.zeros(_MAX_PAIRS, dtype=torch.int32, device=self.device)
+            tables, contexts = batch.block_tables[:num_decodes], batch.context_lens[:num_decodes]
+            decode.decode_attention(
+                qkv_tw[:num_decodes], tables, contexts, cache, spec, out[:num_decodes], self._counters
+            )
+            attention(qkv_tw, batch, cache, spec, out, skip_decodes=True)
+        else:
+            attention(qkv_tw, batch, cache, spec, out)
         return out
 
     def activate_multiply(self, gate_up_t2f: Tensor, activation: Activation) -> Tensor:
-        if isinstance(gate_up_t2f, Deferred):
-            product = gate_up_t2f.linear
-            if product.bias is None:
-                return small.linear_gated(gate_up_t2f.x_tk, product.weight, activation)
+        if isinstance(gate_up_t2f, Deferred) and gate_up_t2f.linear.bias is None:
+            return gate_up_t2f.linear.gated(gate_up_t2f.x_tk, activation)
         parts = _parts(gate_up_t2f)
         out = self._empty(parts.shape[-2], parts.shape[-1] // 2)
         rows.activate_multiply(parts, activation, out)
         return out
 
     def logits(self, x_th: Tensor, batch: Batch, weight: PreparedLinear, softcap: float | None = None) -> Tensor:
-        assert isinstance(weight, DenseLinear)
+        assert isinstance(weight, PackedLinear)
         num_rows = batch.logit_rows.shape[0]
         x = x_th if num_rows == batch.num_tokens else x_th[batch.logit_rows]
         if self._logits is None or self._logits.shape[0] < num_rows:
             self._logits = torch.empty(num_rows, weight.out_features, dtype=torch.float32, device=self.device)
         logits = self._logits[:num_rows]
-        if self._is_small(num_rows, weight):
-            small.linear_logits(x, weight.weight, logits)
-        else:
-            torch.mm(x, weight.weight.T, out_dtype=torch.float32, out=logits)
+        weight.logits(x, logits)
         return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
     def finish_loading(self, num_rows: int, num_logits: int) -> None:
@@ -183,7 +192,7 @@ class CudaOps:
         rows.resolve_tokens(token_ids_t, previous_r)
 
     def _copy(self, source: Tensor, target: Tensor) -> None:
-        if source.is_cuda:
+        if source.device.type == target.device.type:
             target.copy_(source)
             return
         if self._uploader is None:
@@ -196,3 +205,33 @@ class CudaOps:
 
 def _parts(x: Tensor) -> Tensor:
     return x.parts() if isinstance(x, Deferred) else x
+
+
+def _unpack_reason(weights: list[Weight], device: torch.device) -> str | None:
+    """Why int4, int8 or fp8 matrices can't be multiplied together as they are; None: they can."""
+    n, k = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
+    columns = [weight.tensors.get("columns") for weight in weights]
+    first = columns[0]
+    if not all(own is first or (own is not None and first is not None and torch.equal(own, first)) for own in columns):
+        return "matrices that share an input have their columns in different orders"
+    if weights[0].format.name == "int4":
+        groups = {k // weight.tensors["scales"].shape[1] for weight in weights}
+        if len(groups) > 1:
+            return "matrices that share an input have groups of different sizes"
+        if not int4.supports(n, k, min(groups)):
+            return f"no kernel takes {n} rows of {k} columns in groups of {min(groups)}"
+        return None
+    if first is not None or any(row_scales(weight) is None for weight in weights):
+        return "kernels take one scale per row, and input columns in their order"
+    if not eight_bit.supports(n, k):
+        return f"no kernel takes {n} rows of {k} columns"
+    is_fp8 = weights[0].format.name == "fp8"
+    if is_fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        return "the GPU has no products of 8-bit floating point (compute capability 8.9 and later have)"
+    return None
+
+
+@functools.cache
+def _tell_unpacked(name: str, reason: str) -> None:
+    """Once per reason."""
+    _log.warning("%s weights are unpacked to 16 bits: %s", name, reason)

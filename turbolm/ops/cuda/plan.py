@@ -7,17 +7,15 @@ estimate below weighs what sets them apart. Rates are an H200's; only their rati
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 MAX_TOKENS = 64
-UNIT_K = 64  # k of a unit of weights, which has 16 rows
 X_BUFFERS = 3  # slices of x in shared memory where not all fit
 PREFETCH_BYTES = 64 << 10  # of weights per CTA that are brought into L2 before the kernel waits for x
 MAX_SPLITS = 16
 LARGE = 64 << 20  # bytes of weights
 
-_UNIT_BYTES = 16 * UNIT_K * 2
 _SUM_ROW = 20  # floats per token in what warps exchange: 16 and padding
 _RESERVED_SHARED = 1024  # bytes per CTA that the system takes
 
@@ -42,6 +40,21 @@ class Output(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Unit:
+    """Weights that a warp copies and multiplies at once: 16 rows of w by `k` columns."""
+
+    k: int
+    num_bytes: int
+    weights: int = 0  # the kernel's number of the layout
+    groups: int = 0  # of k with a scale each
+
+
+DENSE, INT8, FP8 = Unit(64, 2048), Unit(128, 2048, 2), Unit(128, 2048, 3)
+#: Units of 4 bits by columns that share a scale (larger groups are whole units).
+INT4 = {128 // groups: Unit(128, 1024 + 64 * groups, 1, groups) for groups in (1, 2, 4)}
+
+
+@dataclass(frozen=True, slots=True)
 class Tile:
     """A variant of the kernel: warps_m * tiles_m row tiles at once, each shared by warps_k warps."""
 
@@ -50,6 +63,7 @@ class Tile:
     warps_k: int
     tiles_m: int  # row tiles per warp
     depth: int  # units in flight per warp and row tile
+    unit: Unit = DENSE
 
     @property
     def num_threads(self) -> int:
@@ -65,7 +79,7 @@ class Tile:
 
     @property
     def ring_bytes(self) -> int:
-        return self.warps_m * self.warps_k * self.tiles_m * self.depth * _UNIT_BYTES
+        return self.warps_m * self.warps_k * self.tiles_m * self.depth * self.unit.num_bytes
 
     @property
     def sum_bytes(self) -> int:
@@ -82,6 +96,25 @@ TILES = tuple(
         *((64, 8, 1, 1, 4), (64, 8, 1, 1, 2), (64, 8, 1, 2, 2), (64, 7, 1, 2, 2)),
     )
 )
+
+
+#: The same for units of 4 bits. A warp reads x from shared memory once for all its row tiles: there are more of those.
+INT4_TILES = tuple(
+    Tile(*sizes)
+    for sizes in (
+        *((8, m, 8 // m, 2, depth) for m in (1, 2, 4) for depth in (2, 3, 4)),
+        *((8, 2, 4, 1, 4), (8, 4, 2, 1, 4), (8, 1, 8, 1, 4)),
+        *((16, m, 8 // m, 2, depth) for m in (1, 2, 4) for depth in (2, 3, 4)),
+        *((16, 2, 4, 1, 4), (16, 4, 2, 1, 4), (16, 8, 1, 1, 4)),
+        *((32, 2, 4, 2, 4), (32, 4, 2, 2, 3), (32, 4, 2, 2, 4), (32, 4, 2, 1, 4), (32, 8, 1, 1, 4), (32, 8, 1, 1, 2)),
+        *((64, 4, 2, 1, 4), (64, 8, 1, 1, 4), (64, 8, 1, 1, 2)),
+    )
+)
+
+
+def tiles_of(unit: Unit) -> tuple[Tile, ...]:
+    """The variants for a kind of weights."""
+    return tuple(replace(tile, unit=unit) for tile in (INT4_TILES if unit.groups else TILES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +152,12 @@ class Plan:
     @property
     def cta_bytes(self) -> int:
         """Of weights, at most."""
-        return self.cta_tiles * self.cta_units * _UNIT_BYTES
+        return self.cta_tiles * self.cta_units * self.tile.unit.num_bytes
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all weights."""
+        return self.num_tiles * self.num_units * self.tile.unit.num_bytes
 
     @property
     def passes(self) -> int:
@@ -128,24 +166,25 @@ class Plan:
     @property
     def prefetch(self) -> tuple[int, int, int, int]:
         """(first row tile of a CTA, row tiles, first unit of each, units): what follows the first in flight."""
+        unit_bytes = self.tile.unit.num_bytes
         if self.cta_units > self.tile.slice_units:
             tiles = min(self.cta_tiles, self.tile.pass_tiles)
-            units = min(self.cta_units - self.tile.slice_units, self.prefetch_bytes // (tiles * _UNIT_BYTES))
+            units = min(self.cta_units - self.tile.slice_units, self.prefetch_bytes // (tiles * unit_bytes))
             return 0, tiles, self.tile.slice_units, units
         left = max(0, self.cta_tiles - self.tile.pass_tiles)
-        tiles = min(left, self.prefetch_bytes // (self.cta_units * _UNIT_BYTES))
+        tiles = min(left, self.prefetch_bytes // (self.cta_units * unit_bytes))
         return self.tile.pass_tiles, tiles, 0, self.cta_units
 
     @property
     def is_fast_beside_others(self) -> bool:
         """Whether the kernel gains by starting while the one before it runs. A large product is slower so (8B
         gate and up at one row: 67 µs instead of 60): two kernels then share each SM's memory."""
-        return self.num_tiles * self.num_units * _UNIT_BYTES <= LARGE
+        return self.num_bytes <= LARGE
 
     @property
     def x_bytes(self) -> int:
         units = self.cta_units if self.resident else X_BUFFERS * self.tile.slice_units
-        return units * self.tile.tokens * UNIT_K * 2
+        return units * self.tile.tokens * self.tile.unit.k * 2
 
     @property
     def shared_bytes(self) -> int:
@@ -158,22 +197,22 @@ class Plan:
 
 def estimate(plan: Plan, output: Output, gpu: Gpu) -> float:
     """Microseconds."""
-    tile, grid = plan.tile, plan.groups * plan.splits
-    weights = plan.num_tiles * plan.num_units * _UNIT_BYTES
+    tile, unit, grid = plan.tile, plan.tile.unit, plan.groups * plan.splits
     features = plan.num_tiles * (8 if output is Output.GATED else 16)
+    x_unit = tile.tokens * unit.k * 2
     parts = plan.splits if output is Output.PARTS else 0
-    x_reads = grid * tile.tokens * plan.cta_units * UNIT_K * 2 * (1 if plan.resident else plan.passes)
+    x_reads = grid * plan.cta_units * x_unit * (1 if plan.resident else plan.passes)
     results = tile.tokens * features * (4 * parts or 2)
     used = min(plan.cta_tiles, tile.pass_tiles) / tile.pass_tiles
     used *= min(1.0, plan.cta_units / tile.slice_units)
     bandwidth = max(
-        weights / (_HBM * gpu.num_sms),
+        plan.num_bytes / (_HBM * gpu.num_sms),
         plan.cta_bytes / (used * tile.ring_bytes) * _LATENCY,
-        (weights + x_reads + results) / (_L2 * gpu.num_sms),
-        plan.cta_bytes * (2 + tile.tokens / (16 * tile.tiles_m)) / _SHARED,
+        (plan.num_bytes + x_reads + results) / (_L2 * gpu.num_sms),
+        plan.cta_bytes * (2 + x_unit / (unit.num_bytes * tile.tiles_m)) / _SHARED,
     )
     return (
-        bandwidth * (1 + _IMBALANCE * (plan.cta_bytes * grid / weights - 1))
+        bandwidth * (1 + _IMBALANCE * (plan.cta_bytes * grid / plan.num_bytes - 1))
         + plan.x_bytes / _ONE_READER
         + parts * features * 4 / _ONE_READER
         + (0.0 if plan.shares_sm(gpu) else _LATE_START)
@@ -182,21 +221,23 @@ def estimate(plan: Plan, output: Output, gpu: Gpu) -> float:
 
 
 @functools.cache
-def plan_linear(num_tokens: int, n: int, k: int, output: Output, gpu: Gpu) -> Plan | None:
+def plan_linear(num_tokens: int, n: int, k: int, output: Output, gpu: Gpu, unit: Unit = DENSE) -> Plan | None:
     """The best layout for x [num_tokens, k] and w [n, k]; None where the kernel doesn't run.
 
     Output.PARTS may come back with one split: then the kernel writes Output.ELEMENTS.
     """
-    if not supports_shape(num_tokens, n, k):
+    if not supports_shape(num_tokens, n, k, unit):
         return None
-    tokens = next(tile.tokens for tile in TILES if tile.tokens >= num_tokens)
+    variants = tiles_of(unit)
+    tokens = next(tile.tokens for tile in variants if tile.tokens >= num_tokens)
     num_tiles = -(-n // 16) if output is not Output.GATED else -(-(n // 2) // 8)
-    max_splits = min(MAX_SPLITS, k // UNIT_K, gpu.num_sms) if output is Output.PARTS else 1
+    num_units = k // unit.k
+    max_splits = min(MAX_SPLITS, num_units, gpu.num_sms) if output is Output.PARTS else 1
     plans = []
-    for tile in (tile for tile in TILES if tile.tokens == tokens):
+    for tile in (tile for tile in variants if tile.tokens == tokens):
         for splits in range(1, max_splits + 1):
             cta_tiles = -(-num_tiles // min(num_tiles, gpu.num_sms // splits))
-            groups, num_units = -(-num_tiles // cta_tiles), k // UNIT_K
+            groups = -(-num_tiles // cta_tiles)
             plans.append(Plan(tile, groups, splits, num_tiles, num_units, resident=True))
             if plans[-1].cta_units > X_BUFFERS * tile.slice_units:
                 plans.append(Plan(tile, groups, splits, num_tiles, num_units, resident=False))
@@ -204,6 +245,9 @@ def plan_linear(num_tokens: int, n: int, k: int, output: Output, gpu: Gpu) -> Pl
     return min(fitting, key=lambda plan: estimate(plan, output, gpu), default=None)
 
 
-def supports_shape(num_tokens: int, n: int, k: int) -> bool:
-    """k in whole units; offsets within a matrix in 31 bits."""
-    return 1 <= num_tokens <= MAX_TOKENS and n >= 2 and k >= UNIT_K and k % UNIT_K == 0 and n * k < 1 << 31
+def supports_shape(num_tokens: int, n: int, k: int, unit: Unit = DENSE) -> bool:
+    """k in whole units; of 4 bits, n in whole tiles; offsets within a matrix in 31 bits."""
+    whole_tiles = not unit.groups or n % 16 == 0
+    return (
+        1 <= num_tokens <= MAX_TOKENS and n >= 2 and whole_tiles and k >= unit.k and k % unit.k == 0 and n * k < 1 << 31
+    )

@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from functools import cache as remembered
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -61,36 +60,41 @@ def _gpu(device: torch.device) -> _Gpu:
     )
 
 
-def attention(qkv_tw: Tensor, batch: Batch, cache: LayerCache, spec: AttentionSpec, out: Tensor) -> None:
+def attention(
+    qkv_tw: Tensor, batch: Batch, cache: LayerCache, spec: AttentionSpec, out: Tensor, *, skip_decodes: bool = False
+) -> None:
     """`Ops.attention` into out [t, num_heads * v_head_dim]. K and V of this step are in the cache. One call at a
     time per device, on one stream: divided work is counted in memory that calls share.
 
     The first `batch.num_decodes` sequences have one row each; those whose context is 0 get zeros. `batch.chunks`
-    are the rest.
+    are the rest. skip_decodes: those were computed by another kernel.
     """
     gpu = _gpu(qkv_tw.device)
     assert batch.num_sequences * spec.num_kv_heads <= _MAX_PAIRS
-    first, element_size = batch.num_decodes, cache.k.element_size()
+    first = batch.num_decodes
     tables, contexts, starts = batch.block_tables[first:], batch.context_lens[first:], batch.query_start[first:]
-    plan = plan_decode(
-        spec, element_size, gpu.num_sms, gpu.shared_memory, batch.num_sequences, batch.max_context
-    )  # fmt: skip
-    few = partial(
-        decode_attention, qkv_tw, cache=cache, spec=spec, out=out, counters=gpu.counters, pdl=gpu.pdl, plan=plan,
-        max_context=batch.max_context,
-    )  # fmt: skip
-    if first:
+
+    def few(tables: Tensor, contexts: Tensor, starts: Tensor | None = None, longest: int = 1) -> None:
+        plan = plan_decode(
+            spec, cache, gpu.num_sms, gpu.shared_memory, batch.num_sequences, batch.max_context, longest
+        )  # fmt: skip
+        decode_attention(
+            qkv_tw, tables, contexts, cache, spec, out, plan=plan, counters=gpu.counters,
+            max_context=batch.max_context, query_start=starts, max_query=longest, pdl=gpu.pdl,
+        )  # fmt: skip
+
+    if first and not skip_decodes:
         few(batch.block_tables[:first], batch.context_lens[:first])
     if not batch.chunks:
         return
     longest = max(rows for _, rows, _ in batch.chunks)
     if longest * (spec.num_heads // spec.num_kv_heads) <= FEW_ROWS:
-        few(tables, contexts, query_start=starts, max_query=longest)
+        few(tables, contexts, starts, longest)
         return
     skip = _attend_fresh(qkv_tw, batch, spec, out, gpu)
     prefill_attention(
         qkv_tw, starts, batch.chunks, tables, contexts, cache, spec, out,
-        plan=plan_prefill(spec, element_size, gpu.shared_memory - 1024, longest), skip=skip, pdl=gpu.pdl,
+        plan=plan_prefill(spec, qkv_tw.element_size(), gpu.shared_memory - 1024, longest), skip=skip, pdl=gpu.pdl,
     )  # fmt: skip
 
 

@@ -16,7 +16,19 @@ import triton.language as tl
 from torch import Tensor
 
 from turbolm.ops import AttentionSpec, LayerCache
-from turbolm.ops.triton.tiles import attend_tile, find_blocks, load_keys, load_values, padded_count, padded_dim
+from turbolm.ops.triton.tiles import (
+    attend_tile,
+    dimension_of,
+    find_blocks,
+    finish,
+    load_query,
+    load_tile,
+    padded_count,
+    padded_dim,
+    shapes,
+    stored,
+    value_offsets,
+)
 
 MULTIPLE = 256  # the leading rows that `skip` leaves out are a multiple of this
 
@@ -53,13 +65,19 @@ def skipped_rows(num_rows: int, context: int, skip: int) -> int:
     return num_rows // MULTIPLE * MULTIPLE if 0 < skip <= num_rows == context else 0
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+# The arrays of a step's sequences begin anywhere: a variant for each alignment would be compiled while requests wait.
+@triton.jit(
+    do_not_specialize=["num_sequences", "table_stride"],
+    do_not_specialize_on_alignment=["tables", "contexts", "starts"],
+)
 def _prefill_kernel(
-    q, k_pool, v_pool, tables, contexts, starts, out,
+    q, k_pool, v_pool, k_scales, v_scales, tables, contexts, starts, out,
     q_stride, k_stride, v_stride, table_stride, out_stride, num_sequences, scale,
-    GROUP: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, SKIP: tl.constexpr, SKIP_MULTIPLE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, SEQUENCES: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, SKIP: tl.constexpr, SKIP_MULTIPLE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    SEQUENCES: tl.constexpr, PDL: tl.constexpr,
+    KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, K_COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr, V_COLUMNS: tl.constexpr, V_WIDTH: tl.constexpr, K_KIND: tl.constexpr, V_KIND: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (kv heads, programs that the chunks need). q [·, heads * DIM] and out [·, heads * V_DIM] by rows that
     starts [num_sequences + 1] counts; tables [num_sequences, ·], contexts [num_sequences]."""
@@ -88,52 +106,68 @@ def _prefill_kernel(
     token = first_token + row // GROUP
     wanted = (token < num_rows) & (row < TOKENS * GROUP)
     head = kv_head * GROUP + row % GROUP
-    dim = tl.arange(0, WIDTH)
-    query = tl.load(
-        q + (start + token)[:, None].to(tl.int64) * q_stride + head[:, None] * DIM + dim[None, :],
-        mask=wanted[:, None] & (dim < DIM)[None, :],
-        other=0.0,
-    )
+    pointers = q + (start + token).to(tl.int64) * q_stride + head * DIM
+    query, query_sum, largest = load_query(pointers, wanted, DIM, K_COLUMNS, WIDTH, K_KIND)
+    scale *= largest
     last_visible = context - num_rows + token  # a row's own position
     nearest = context - num_rows + first_token  # of the first row
     furthest = tl.minimum(nearest + TOKENS, context)  # one past that of the last row
     table = tables + sequence.to(tl.int64) * table_stride
-    keys_of_head = k_pool + kv_head * (BLOCK_SIZE * DIM)
-    values_of_head = v_pool + kv_head * (BLOCK_SIZE * V_DIM)
+    k_pool += kv_head * (BLOCK_SIZE * K_COLUMNS)
+    v_pool += kv_head * ((BLOCK_SIZE if V_KIND == 0 else BLOCK_SIZE // 2) * V_COLUMNS)
+    k_scales += kv_head * BLOCK_SIZE
+    v_scales += kv_head * BLOCK_SIZE
     offset = tl.arange(0, TILE)
+    value_offset = value_offsets(TILE, V_KIND)
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    mixed = tl.zeros((ROWS, V_WIDTH), tl.float32)
+    low = tl.zeros((ROWS, V_WIDTH), tl.float32)
+    high = tl.zeros((ROWS, V_WIDTH), tl.float32)
+    rest = tl.zeros((ROWS,), tl.float32)
     if WINDOW > 0:
         diagonal = tl.maximum(nearest - WINDOW + 1, 0) // TILE
     else:
         diagonal = (nearest + 1) // TILE  # tiles before this one are seen whole by every row
-        block = find_blocks(table, 0, context, BLOCK_SIZE, TILE)
+        block = find_blocks(table, 0, offset, context, BLOCK_SIZE, TILE)
+        value_block = find_blocks(table, 0, value_offset, context, BLOCK_SIZE, TILE)
         for tile in range(diagonal):
-            position = tile * TILE + offset
-            valid = position < context
-            keys = load_keys(keys_of_head, block, position, valid, k_stride, BLOCK_SIZE, DIM, WIDTH, False)
-            values = load_values(values_of_head, block, position, valid, v_stride, BLOCK_SIZE, V_DIM, V_WIDTH, False)
-            block = find_blocks(table, (tile + 1) * TILE, context, BLOCK_SIZE, TILE)
-            peak, total, mixed = attend_tile(query, keys, values, valid, peak, total, mixed, scale, SOFTCAP, False)
-    block = find_blocks(table, diagonal * TILE, context, BLOCK_SIZE, TILE)
+            first = tile * TILE
+            keys, key_scales, values, value_scales = load_tile(
+                k_pool, v_pool, k_scales, v_scales, block, value_block, first + offset, first + value_offset,
+                context, k_stride, v_stride, KV_HEADS, BLOCK_SIZE, K_COLUMNS, WIDTH, V_COLUMNS, V_WIDTH, False,
+                K_KIND, V_KIND,
+            )  # fmt: skip
+            block = find_blocks(table, first + TILE, offset, context, BLOCK_SIZE, TILE)
+            value_block = find_blocks(table, first + TILE, value_offset, context, BLOCK_SIZE, TILE)
+            peak, total, low, high, rest = attend_tile(
+                query, query_sum, keys, key_scales, values, value_scales, True, peak, total, low, high, rest,
+                scale, SOFTCAP, False, K_KIND, V_KIND,
+            )  # fmt: skip
+    block = find_blocks(table, diagonal * TILE, offset, context, BLOCK_SIZE, TILE)
+    value_block = find_blocks(table, diagonal * TILE, value_offset, context, BLOCK_SIZE, TILE)
     for tile in range(diagonal, tl.cdiv(furthest, TILE)):
-        position = tile * TILE + offset
-        valid = position < context
-        keys = load_keys(keys_of_head, block, position, valid, k_stride, BLOCK_SIZE, DIM, WIDTH, True)
-        values = load_values(values_of_head, block, position, valid, v_stride, BLOCK_SIZE, V_DIM, V_WIDTH, True)
-        block = find_blocks(table, (tile + 1) * TILE, context, BLOCK_SIZE, TILE)
-        visible = valid[None, :] & (position[None, :] <= last_visible[:, None])
+        first = tile * TILE
+        keys, key_scales, values, value_scales = load_tile(
+            k_pool, v_pool, k_scales, v_scales, block, value_block, first + offset, first + value_offset, context,
+            k_stride, v_stride, KV_HEADS, BLOCK_SIZE, K_COLUMNS, WIDTH, V_COLUMNS, V_WIDTH, True, K_KIND, V_KIND,
+        )  # fmt: skip
+        block = find_blocks(table, first + TILE, offset, context, BLOCK_SIZE, TILE)
+        value_block = find_blocks(table, first + TILE, value_offset, context, BLOCK_SIZE, TILE)
+        position = first + offset
+        visible = (position < context)[None, :] & (position[None, :] <= last_visible[:, None])
         if WINDOW > 0:
             visible &= position[None, :] > last_visible[:, None] - WINDOW
-        peak, total, mixed = attend_tile(query, keys, values, visible, peak, total, mixed, scale, SOFTCAP, True)
+        peak, total, low, high, rest = attend_tile(
+            query, query_sum, keys, key_scales, values, value_scales, visible, peak, total, low, high, rest,
+            scale, SOFTCAP, True, K_KIND, V_KIND,
+        )  # fmt: skip
 
-    wide = tl.arange(0, V_WIDTH)
-    result = mixed / tl.where(total == 0, 1.0, total)[:, None]
+    result = finish(low, high, rest, V_KIND) / tl.where(total == 0, 1.0, total)[:, None]
+    dim = dimension_of(tl.arange(0, result.shape[1]), V_DIM, V_KIND)
     tl.store(
-        out + (start + token)[:, None].to(tl.int64) * out_stride + head[:, None] * V_DIM + wide[None, :],
+        out + (start + token)[:, None].to(tl.int64) * out_stride + head[:, None] * V_DIM + dim[None, :],
         result.to(out.dtype.element_ty),
-        mask=wanted[:, None] & (wide < V_DIM)[None, :],
+        mask=wanted[:, None] & (dim >= 0)[None, :],
     )
 
 
@@ -162,12 +196,11 @@ def prefill_attention(
     needed = sum(triton.cdiv(rows - skipped_rows(rows, context, skip), tokens) for _, rows, context in chunks)
     if needed == 0:
         return
+    (k, k_scales), (v, v_scales) = stored(cache.k, cache.k_scales), stored(cache.v, cache.v_scales)
     _prefill_kernel[(spec.num_kv_heads, needed)](
-        qkv_tw, cache.k, cache.v, block_tables, context_lens, query_start, out,
-        qkv_tw.stride(0), cache.k.stride(0), cache.v.stride(0), block_tables.stride(0), out.stride(0),
-        len(chunks), spec.scale, GROUP=group, DIM=spec.head_dim, V_DIM=spec.v_head_dim, BLOCK_SIZE=cache.block_size,
-        WINDOW=spec.window or 0, SOFTCAP=spec.softcap or 0.0, SKIP=skip, SKIP_MULTIPLE=MULTIPLE, ROWS=plan.rows,
-        TILE=plan.tile, WIDTH=padded_dim(spec.head_dim), V_WIDTH=padded_dim(spec.v_head_dim),
+        qkv_tw, k, v, k_scales, v_scales, block_tables, context_lens, query_start, out,
+        qkv_tw.stride(0), k.stride(0), v.stride(0), block_tables.stride(0), out.stride(0),
+        len(chunks), spec.scale, GROUP=group, SKIP=skip, SKIP_MULTIPLE=MULTIPLE, ROWS=plan.rows, TILE=plan.tile,
         SEQUENCES=padded_count(len(chunks)), PDL=pdl, num_warps=plan.num_warps, num_stages=plan.num_stages,
-        **({"launch_pdl": True} if pdl else {}),
+        **shapes(cache, spec), **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

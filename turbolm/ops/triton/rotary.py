@@ -1,21 +1,27 @@
 """Between the qkv projection and attention: q and k normalized and rotated, k and v into the cache.
 
-A program finishes a few heads of one token, all of q, all of k or all of v; a head is held as a whole
-(rotated halves and the rest), so that a cache of a narrower format can find a scale per head and token
-and store k and v through it, in `_store`.
+A program finishes a few heads of one token, all of q, all of k or all of v. What the cache keeps as codes is
+read back from the finished row, which the program has just written: there a head is whole, rounded as the
+reference rounds it, and its halves lie where int4 wants them.
+
+Codes of k lie as `LayerCache` says. Those of v lie side by side for two tokens, byte by byte, so that
+attention reads 16-bit numbers down the tokens, as its products want them (`tiles.py`).
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from turbolm.kv import LEVELS, KvKind
 from turbolm.ops import AttentionSpec, LayerCache, RopeTable
 from turbolm.ops.triton.launch import await_inputs, layout_of_parts, load_sum, pdl_options
 
 _MANY_PROGRAMS = 1024  # with more, programs of more heads cost less
+_ROUND: tl.constexpr = tl.constexpr(1.5 * 2**23)  # plus a small float32: it, rounded half to even, in the low bits
 
 
 @triton.jit
@@ -29,14 +35,79 @@ def _store(out, pool, first_column, pool_offset, is_head, is_stored, dim, inside
 
 
 @triton.jit
+def _code(x, scale, minimum, LEVEL: tl.constexpr):
+    """(x - minimum) / scale, rounded half to even, in 0 … LEVEL, as int32; 0 where scale is 0."""
+    divisor = tl.where(scale == 0, float("inf"), scale)
+    code = tl.div_rn(x - minimum[:, None], tl.broadcast_to(divisor[:, None], x.shape))
+    code = tl.minimum(tl.maximum(code, 0.0), LEVEL)
+    return (code + _ROUND).to(tl.int32, bitcast=True) & 255
+
+
+@triton.jit
+def _fp8(x):
+    """The bits of x as float8 e4m3, rounded half to even and saturated, as int32. (Triton's own conversion is wrong
+    in its interpreter.)"""
+    bits = x.to(tl.int32, bitcast=True)
+    size = tl.minimum(tl.abs(x), 448.0)
+    subnormal = (size * 512 + _ROUND).to(tl.int32, bitcast=True) & 255  # in units of 2^-9
+    exact = size.to(tl.int32, bitcast=True)
+    normal = ((exact + 0x7FFFF + ((exact >> 20) & 1)) >> 20) - ((127 - 7) << 3)
+    return tl.where(size < 2.0**-6, subnormal, normal) | ((bits >> 24) & 128)
+
+
+@triton.jit
+def _store_codes(
+    heads, pool, scales, slot, head, is_head, block_stride, head_stride, DIM: tl.constexpr, NUM_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, LEVEL: tl.constexpr, PAIRED: tl.constexpr,
+):  # fmt: skip
+    """`heads` [head] point at heads of DIM finished numbers; their codes go to `pool` (bytes), and where there are
+    such, scales and minimums to `scales` [blocks, NUM_HEADS, BLOCK_SIZE, 2]. LEVEL: the largest code; 0: fp8.
+    PAIRED: two tokens side by side."""
+    HALF: tl.constexpr = DIM // 2
+    index = tl.arange(0, triton.next_power_of_2(HALF))
+    mask = is_head[:, None] & (index < HALF)[None, :]
+    pointers = heads[:, None] + index[None, :]
+    first = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(pointers + HALF, mask=mask, other=0.0).to(tl.float32)
+    if LEVEL == 0:
+        first, second = _fp8(first), _fp8(second)
+    else:
+        low = tl.where(is_head, tl.min(tl.where(mask, tl.minimum(first, second), float("inf")), 1), 0.0)
+        high = tl.where(is_head, tl.max(tl.where(mask, tl.maximum(first, second), float("-inf")), 1), 0.0)
+        scale = tl.div_rn(high - low, tl.full(low.shape, LEVEL, tl.float32)).to(tl.float16)
+        minimum = low.to(tl.float16)
+        at = scales + ((slot // BLOCK_SIZE * NUM_HEADS + head) * BLOCK_SIZE + slot % BLOCK_SIZE) * 2
+        tl.store(at, scale, mask=is_head)
+        tl.store(at + 1, minimum, mask=is_head)
+        first = _code(first, scale.to(tl.float32), minimum.to(tl.float32), LEVEL)
+        second = _code(second, scale.to(tl.float32), minimum.to(tl.float32), LEVEL)
+    ROW: tl.constexpr = HALF if LEVEL == 15 else DIM
+    token = slot % BLOCK_SIZE
+    if PAIRED:
+        base = token // 2 * (2 * ROW) + token % 2
+        step: tl.constexpr = 2
+    else:
+        base = token * ROW
+        step: tl.constexpr = 1
+    base += slot // BLOCK_SIZE * block_stride
+    target = pool + (base + head * head_stride)[:, None] + index[None, :] * step
+    if LEVEL == 15:
+        tl.store(target, (first | second << 4).to(tl.uint8), mask=mask)
+    else:
+        tl.store(target, first.to(tl.uint8), mask=mask)
+        tl.store(target + HALF * step, second.to(tl.uint8), mask=mask)
+
+
+@triton.jit
 def _finish_heads(
-    parts, out, norm, cos, sin, positions, slots, pool, part_stride, block_stride, head_stride, token_stride, eps,
-    row, first_head, column, NUM_HEADS: tl.constexpr, DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
-    INTERLEAVED: tl.constexpr, NORM: tl.constexpr, STORE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    NUM_PARTS: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr,
+    parts, out, norm, cos, sin, positions, slots, pool, scales, part_stride, block_stride, head_stride, token_stride,
+    eps, row, first_head, column, NUM_HEADS: tl.constexpr, DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr, NORM: tl.constexpr, CACHED: tl.constexpr, LEVEL: tl.constexpr, PAIRED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, NUM_PARTS: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Heads first_head … of a token's q, k or v. `parts` and `out` point at the token's row, whose `column`
-    is the first of head 0."""
+    is the first of head 0. CACHED: they go to the cache; as numbers if LEVEL is below 0, else as codes."""
+    STORE: tl.constexpr = CACHED and LEVEL < 0
     head = first_head + tl.arange(0, HEADS)
     is_head = head < NUM_HEADS
     start = column + head * DIM
@@ -58,7 +129,7 @@ def _finish_heads(
     await_inputs(PDL)
     offset = tl.zeros((HEADS,), tl.int64)
     is_stored = True
-    if STORE:
+    if CACHED:
         slot = tl.load(slots + row).to(tl.int64)
         is_stored = slot >= 0
         slot = tl.maximum(slot, 0)
@@ -92,16 +163,22 @@ def _finish_heads(
         _store(out, pool, start, offset, is_head, is_stored, dim_b, in_half, rotated_b, STORE)
     if ROTARY_DIM < DIM:
         _store(out, pool, start, offset, is_head, is_stored, dim_c, in_rest, rest, STORE)
+    if CACHED and LEVEL >= 0:
+        tl.debug_barrier()  # the row is read by other threads than wrote it
+        _store_codes(
+            out + start, pool, scales, slot, head, is_head & is_stored, block_stride, head_stride, DIM, NUM_HEADS,
+            BLOCK_SIZE, LEVEL, PAIRED,
+        )  # fmt: skip
 
 
 @triton.jit
 def _rotary_store_kernel(
-    parts, out, q_norm, k_norm, cos, sin, positions, slots, k_pool, v_pool,
+    parts, out, q_norm, k_norm, cos, sin, positions, slots, k_pool, v_pool, k_scales, v_scales,
     part_stride, row_stride, out_stride, k_block_stride, k_head_stride, k_token_stride,
     v_block_stride, v_head_stride, v_token_stride, eps,
     NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
-    INTERLEAVED: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    NUM_PARTS: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr,
+    INTERLEAVED: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, K_LEVEL: tl.constexpr,
+    V_LEVEL: tl.constexpr, BLOCK_SIZE: tl.constexpr, NUM_PARTS: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """parts [NUM_PARTS, t, w] → out [t, w] and the pools: HEADS heads of a token per program."""
     row = tl.program_id(0).to(tl.int64)
@@ -112,23 +189,23 @@ def _rotary_store_kernel(
     target = out + row * out_stride
     if group < Q_GROUPS:
         _finish_heads(
-            source, target, q_norm, cos, sin, positions, slots, k_pool, part_stride, 0, 0, 0, eps,
-            row, group * HEADS, 0, NUM_HEADS, DIM, ROTARY_DIM, INTERLEAVED, Q_NORM, False, BLOCK_SIZE,
-            NUM_PARTS, HEADS, PDL,
+            source, target, q_norm, cos, sin, positions, slots, k_pool, k_scales, part_stride, 0, 0, 0,
+            eps, row, group * HEADS, 0, NUM_HEADS, DIM, ROTARY_DIM, INTERLEAVED, Q_NORM, False, K_LEVEL, False,
+            BLOCK_SIZE, NUM_PARTS, HEADS, PDL,
         )  # fmt: skip
     elif group < Q_GROUPS + KV_GROUPS:
         _finish_heads(
-            source, target, k_norm, cos, sin, positions, slots, k_pool, part_stride,
+            source, target, k_norm, cos, sin, positions, slots, k_pool, k_scales, part_stride,
             k_block_stride, k_head_stride, k_token_stride, eps,
             row, (group - Q_GROUPS) * HEADS, NUM_HEADS * DIM, KV_HEADS, DIM, ROTARY_DIM, INTERLEAVED, K_NORM, True,
-            BLOCK_SIZE, NUM_PARTS, HEADS, PDL,
+            K_LEVEL, False, BLOCK_SIZE, NUM_PARTS, HEADS, PDL,
         )  # fmt: skip
     else:
         _finish_heads(
-            source, target, k_norm, cos, sin, positions, slots, v_pool, part_stride,
+            source, target, k_norm, cos, sin, positions, slots, v_pool, v_scales, part_stride,
             v_block_stride, v_head_stride, v_token_stride, eps,
             row, (group - Q_GROUPS - KV_GROUPS) * HEADS, (NUM_HEADS + KV_HEADS) * DIM, KV_HEADS, V_DIM, 0, False,
-            False, True, BLOCK_SIZE, NUM_PARTS, HEADS, PDL,
+            False, True, V_LEVEL, True, BLOCK_SIZE, NUM_PARTS, HEADS, PDL,
         )  # fmt: skip
 
 
@@ -155,15 +232,24 @@ def rotary_store(
     width = triton.next_power_of_2(max(spec.head_dim, spec.v_head_dim))
     cos, sin = (out_tw, out_tw) if rope is None else (rope.cos, rope.sin)
     assert rope is None or (cos.is_contiguous() and sin.is_contiguous())
+    k_pool, v_pool = (pool.view(torch.uint8) if pool.itemsize == 1 else pool for pool in (cache.k, cache.v))
     _rotary_store_kernel[(num_tokens, groups)](
         qkv_parts, out_tw, out_tw if q_norm is None else q_norm, out_tw if k_norm is None else k_norm, cos, sin,
-        positions_t, slots_t, cache.k, cache.v, part_stride, row_stride, out_tw.stride(0),
+        positions_t, slots_t, k_pool, v_pool, out_tw if cache.k_scales is None else cache.k_scales,
+        out_tw if cache.v_scales is None else cache.v_scales, part_stride, row_stride, out_tw.stride(0),
         *cache.k.stride()[:3], *cache.v.stride()[:3], eps,
         NUM_HEADS=spec.num_heads, KV_HEADS=spec.num_kv_heads, DIM=spec.head_dim, V_DIM=spec.v_head_dim,
         ROTARY_DIM=0 if rope is None else rope.rotary_dim, INTERLEAVED=rope is not None and rope.interleaved,
-        Q_NORM=q_norm is not None, K_NORM=k_norm is not None, BLOCK_SIZE=cache.block_size, NUM_PARTS=num_parts,
-        HEADS=heads, num_warps=max(1, min(8, heads * width // 512)), **pdl_options(out_tw.device),
+        Q_NORM=q_norm is not None, K_NORM=k_norm is not None,
+        K_LEVEL=_level(cache.kind_k), V_LEVEL=_level(cache.kind_v),
+        BLOCK_SIZE=cache.block_size, NUM_PARTS=num_parts, HEADS=heads, num_warps=max(1, min(8, heads * width // 512)),
+        **pdl_options(out_tw.device),
     )  # fmt: skip
+
+
+def _level(kind: KvKind) -> int:
+    """The largest code; 0: fp8, -1: numbers as they are."""
+    return 0 if kind == "fp8" else LEVELS.get(kind, -1)
 
 
 def _heads_per_program(num_tokens: int, spec: AttentionSpec) -> int:

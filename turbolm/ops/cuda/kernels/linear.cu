@@ -4,7 +4,7 @@
 // consecutive k of one row, serve as the fragments of two MMAs: that permutes k within 32 values, the same
 // way for w and for x. Lane (g, c) = (lane / 4, lane % 4) always holds k = 8c .. 8c+7 of its row or token g.
 //
-//   unit   16 rows x 64 k of w: 2 KB, four times 16 bytes per lane
+//   unit   16 rows x 64 k of w: 2 KB, four times 16 bytes per lane (of 8 and 4 bits: 128 k, weights.cuh)
 //   slice  what the warps of a CTA multiply between two looks at x: DEPTH units each
 //   pass   the row tiles that a CTA works on at once: WARPS_M * TILES_M
 //
@@ -18,27 +18,34 @@
 //
 // Constants given by the compiler's command line: ELEMENT_FP16, TOKENS, WARPS_M, WARPS_K, TILES_M, DEPTH,
 // MIN_CTAS, OUTPUT (0: float32 parts [S, t, n], 1: elements [t, n], 2: float32 [t, n], 3: gated, elements
-// [t, n / 2]), ACTIVATION (0: silu, 1: gelu, 2: gelu_tanh).
+// [t, n / 2]), ACTIVATION, WEIGHTS (0: of 16 bits, 1: int4, 2: int8, 3: fp8), GROUPS (of int4).
 
 #include "ptx.cuh"
+
+#include "activation.cuh"
+#include "int4.cuh"
 
 constexpr int TILES_T = TOKENS / 8;
 constexpr int NUM_THREADS = 32 * WARPS_M * WARPS_K;
 constexpr int SLICE_UNITS = WARPS_K * DEPTH;
-constexpr int UNIT_K = 64;
+constexpr bool IS_INT4 = WEIGHTS == 1, IS_8_BIT = WEIGHTS >= 2;
+constexpr int UNIT_K = WEIGHTS == 0 ? 64 : 128;
+constexpr int X_BLOCKS = UNIT_K / 32;  // per unit and 8 tokens: 512 bytes in shared memory
 constexpr int X_BUFFERS = 3;
 constexpr int UNIT_BYTES_X = TOKENS * UNIT_K * 2;  // of x in shared memory
 constexpr int PASS_TILES = WARPS_M * TILES_M;
 constexpr bool GATED = OUTPUT == 3;
+constexpr bool PAIRED = GATED || IS_INT4;  // rows 8 .. 15 of a tile are of the second half of w
 constexpr int TILE_ROWS = GATED ? 8 : 16;  // output features per row tile
 constexpr int TOKEN_STRIDE = 20;           // floats; 16 rows, padded so that a warp's stores meet no bank twice
 constexpr int SUM_FLOATS = PASS_TILES * WARPS_K * TOKENS * TOKEN_STRIDE;
 
 struct Arguments {
     const u16* x;     // [t, k], rows `x_stride` apart
-    const u16* w;     // [n, k]
+    const void* w;    // [n, k], or units of 4 bits [n / 16, k / 128, ·]
     const u16* bias;  // [n] or null
     void* out;
+    const float* scales;  // [n], of 8 bits
     int x_stride;
     int t, n, k;
     int tiles, tiles_extra;  // row tiles of every CTA; the first `tiles_extra` CTAs have one more
@@ -46,101 +53,23 @@ struct Arguments {
     int resident;            // whether shared memory holds all slices of x
     // Row tiles of a CTA, and units of each, that are brought into L2 before the kernel waits for x.
     int prefetch_first_tile, prefetch_tiles, prefetch_first_unit, prefetch_units;
+    u32 code_mask;  // see int4.cuh
 };
 
-__device__ __forceinline__ float activate(float gate) {
-#if ACTIVATION == 0
-    return gate / (1.0f + __expf(-gate));
-#elif ACTIVATION == 1
-    return 0.5f * gate * (1.0f + erff(gate * 0.70710678118654752f));
-#else
-    return 0.5f * gate * (1.0f + tanhf(0.79788456080286536f * (gate + 0.044715f * gate * gate * gate)));
-#endif
-}
+using Sums = float[TILES_M][TILES_T][4];
 
-// How a lane gets its part of a unit of weights, and A fragments out of it. Another format of weights is
-// another such struct: `seek` to a row tile and unit, `copy` slot SLOT (SLOT * WARPS_K units further on)
-// into shared memory, `read` half of it, `fragment` for one MMA: k = 32 * half + 8c + 4 * pair + {0, 1 | 2, 3} of
-// rows g and g + 8 (gated: g of the second half of w).
-struct DenseWeights {
-    static constexpr int UNIT_BYTES = 2048;
-    const char* low;  // this lane's place in row g
-    int rise;         // bytes from there to row g + 8
-
-    struct Half {  // 32 k
-        uint4 g0, g8;
-    };
-
-    __device__ __forceinline__ void seek(const Arguments& a, int tile, int unit, int lane) {
-        int last = (GATED ? a.n / 2 : a.n) - 1;
-        int row = min(tile * TILE_ROWS + (lane >> 2), last);
-        rise = (GATED ? a.n / 2 : min(8, last - row)) * a.k * 2;
-        low = reinterpret_cast<const char*>(a.w + (long long)row * a.k + unit * UNIT_K + (lane & 3) * 8);
-    }
-
-    template <int SLOT>
-    __device__ __forceinline__ void copy(u32 to_shared, int lane) const {
-        constexpr int OFFSET = SLOT * WARPS_K * UNIT_K * 2;
-        u32 to = to_shared + lane * 16;
-        const char* high = low + rise;
-        copy_async_once<OFFSET>(to, low);
-        copy_async_once<OFFSET + 64>(to + 1024, low);
-        copy_async_once<OFFSET>(to + 512, high);
-        copy_async_once<OFFSET + 64>(to + 1536, high);
-    }
-
-    __device__ static __forceinline__ Half read(u32 shared, int half, int lane) {
-        u32 from = shared + half * 1024 + lane * 16;
-        return {read_shared(from), read_shared(from + 512)};
-    }
-
-    __device__ static __forceinline__ void fragment(const Half& w, int pair, u32 (&a)[4]) {
-        a[0] = pair ? w.g0.z : w.g0.x;
-        a[1] = pair ? w.g8.z : w.g8.x;
-        a[2] = pair ? w.g0.w : w.g0.y;
-        a[3] = pair ? w.g8.w : w.g8.y;
-    }
-
-    // One lane per row of the tile.
-    __device__ static __forceinline__ void prefetch(const Arguments& a, int tile, int unit, int units, int lane) {
-        if (lane >= 16 || units <= 0) return;
-        int row = GATED ? min(tile * 8 + (lane & 7), a.n / 2 - 1) + (lane >> 3) * (a.n / 2)
-                        : min(tile * 16 + lane, a.n - 1);
-        prefetch_to_l2(a.w + (long long)row * a.k + (long long)unit * UNIT_K, units * UNIT_K * 2);
-    }
-};
+#include "weights.cuh"
 
 // Units of x into shared memory as B fragments: 512 bytes per 32 k and 8 tokens, 16 per lane.
 __device__ __forceinline__ void copy_x(const Arguments& a, u32 to_shared, int first_unit, int units) {
-    const int lane = threadIdx.x & 31, blocks = units * 2 * TILES_T;
-    const u16* from = a.x + (lane >> 2) * a.x_stride + first_unit * UNIT_K + (lane & 3) * 8;
+    const int lane = threadIdx.x & 31, blocks = units * X_BLOCKS * TILES_T;
+    const u16* from = a.x + (lane >> 2) * a.x_stride + first_unit * UNIT_K;
 #pragma unroll 2
     for (int block = threadIdx.x >> 5; block < blocks; block += WARPS_M * WARPS_K) {
         int token = block % TILES_T * 8;
         if (token + (lane >> 2) < a.t)
-            copy_async(to_shared + block * 512 + lane * 16, from + token * a.x_stride + block / TILES_T * 32);
-    }
-}
-
-__device__ __forceinline__ void multiply_unit(float (&sums)[TILES_M][TILES_T][4], u32 w_unit, u32 x_unit,
-                                              int lane) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        DenseWeights::Half w[TILES_M];
-#pragma unroll
-        for (int m = 0; m < TILES_M; m++) w[m] = DenseWeights::read(w_unit + m * DenseWeights::UNIT_BYTES, half, lane);
-#pragma unroll
-        for (int tile = 0; tile < TILES_T; tile++) {
-            const uint4 b = read_shared(x_unit + (half * TILES_T + tile) * 512 + lane * 16);
-#pragma unroll
-            for (int m = 0; m < TILES_M; m++) {
-                u32 f[4];
-                DenseWeights::fragment(w[m], 0, f);
-                multiply_add(sums[m][tile], f[0], f[1], f[2], f[3], b.x, b.y);
-                DenseWeights::fragment(w[m], 1, f);
-                multiply_add(sums[m][tile], f[0], f[1], f[2], f[3], b.z, b.w);
-            }
-        }
+            copy_async(to_shared + block * 512 + Weights::x_place(lane) * 16,
+                       from + token * a.x_stride + Weights::x_column(block / TILES_T, lane));
     }
 }
 
@@ -148,17 +77,25 @@ __device__ __forceinline__ void store(const Arguments& a, int split, int token, 
     if (token >= a.t) return;
     if (GATED) {
         if (feature >= a.n / 2) return;
+        if (IS_8_BIT) value *= a.scales[feature], up *= a.scales[feature + a.n / 2];
         long long at = (long long)token * (a.n / 2) + feature;
         static_cast<u16*>(a.out)[at] = to_element(activate(value) * up);
         return;
     }
     if (feature >= a.n) return;
+    if (IS_8_BIT) value *= a.scales[feature];
     if (a.bias != nullptr && split == 0) value += to_float(a.bias[feature]);
     long long at = ((long long)split * a.t + token) * a.n + feature;
     if (OUTPUT == 1)
         static_cast<u16*>(a.out)[at] = to_element(value);
     else
         static_cast<float*>(a.out)[at] = value;
+}
+
+// The output feature of a row of a tile that isn't gated.
+__device__ __forceinline__ int feature_of(const Arguments& a, int tile, int row) {
+    if (PAIRED) return tile * 8 + (row & 7) + (row >> 3) * (a.n / 2);
+    return tile * 16 + row;
 }
 
 // A warp that has a row tile to itself stores from registers: lane (g, c) has rows g, g + 8 and tokens 2c, 2c + 1.
@@ -173,8 +110,8 @@ __device__ __forceinline__ void store_registers(const Arguments& a, int split, i
             if (GATED) {
                 store(a, split, token, tile * 8 + group, sums[i][e], sums[i][e + 2]);
             } else {
-                store(a, split, token, tile * 16 + group, sums[i][e], 0.0f);
-                store(a, split, token, tile * 16 + group + 8, sums[i][e + 2], 0.0f);
+                store(a, split, token, feature_of(a, tile, group), sums[i][e], 0.0f);
+                store(a, split, token, feature_of(a, tile, group + 8), sums[i][e + 2], 0.0f);
             }
         }
     }
@@ -211,13 +148,14 @@ __device__ __forceinline__ void store_shared(const Arguments& a, const float* sh
         const float* from = shared + (tile * TOKENS + token) * TOKEN_STRIDE + row;
         float value = add_up(from);
         float up = GATED ? add_up(from + 8) : 0.0f;
-        store(a, split, token, (first_tile + tile) * TILE_ROWS + row, value, up);
+        int feature = GATED ? (first_tile + tile) * 8 + row : feature_of(a, first_tile + tile, row);
+        store(a, split, token, feature, value, up);
     }
 }
 
 // Where a warp's next copies come from.
 struct Stream {
-    DenseWeights weights[TILES_M];
+    Weights weights[TILES_M];
     bool present[TILES_M];  // whether the row tile exists
     int count;              // slots of the slice that hold a unit for this warp
 
@@ -242,7 +180,7 @@ struct Stream {
 #pragma unroll
             for (int m = 0; m < TILES_M; m++)
                 if (m == 0 || present[m])
-                    weights[m].template copy<SLOT>(ring + (SLOT * TILES_M + m) * DenseWeights::UNIT_BYTES, lane);
+                    weights[m].template copy<SLOT>(ring + (SLOT * TILES_M + m) * Weights::UNIT_BYTES, lane);
         }
         commit_copies();
     }
@@ -259,15 +197,15 @@ __device__ __forceinline__ void fill(const Stream& stream, u32 ring, int lane) {
 // Multiplies the `count` units in the ring (row tiles that don't exist: whatever is there) and refills each
 // slot at once.
 template <int SLOT>
-__device__ __forceinline__ void work(float (&sums)[TILES_M][TILES_T][4], const Stream& stream, int count,
+__device__ __forceinline__ void work(const Arguments& a, Sums& sums, const Stream& stream, int count,
                                      u32 ring, u32 x_warp, int lane) {
     if constexpr (SLOT < DEPTH) {
         wait_for_copies<DEPTH - 1>();
         if (SLOT < count)
-            multiply_unit(sums, ring + SLOT * TILES_M * DenseWeights::UNIT_BYTES, x_warp + SLOT * WARPS_K * UNIT_BYTES_X,
-                          lane);
+            Weights::multiply(a, sums, ring + SLOT * TILES_M * Weights::UNIT_BYTES,
+                              x_warp + SLOT * WARPS_K * UNIT_BYTES_X, lane);
         stream.copy<SLOT>(ring, lane);
-        work<SLOT + 1>(sums, stream, count, ring, x_warp, lane);
+        work<SLOT + 1>(a, sums, stream, count, ring, x_warp, lane);
     }
 }
 
@@ -285,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_CTAS) linear(const
     const int slices = (units + SLICE_UNITS - 1) / SLICE_UNITS;
     const int slice_bytes = min(units, SLICE_UNITS) * UNIT_BYTES_X;
 
-    constexpr int WARP_RING = DEPTH * TILES_M * DenseWeights::UNIT_BYTES;
+    constexpr int WARP_RING = DEPTH * TILES_M * Weights::UNIT_BYTES;
     const u32 ring = shared_address(shared) + warp * WARP_RING;
     const u32 x_shared = shared_address(shared) + WARPS_M * WARPS_K * WARP_RING;
 
@@ -296,8 +234,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_CTAS) linear(const
     const int prefetch_tile = first_tile + a.prefetch_first_tile;
     for (int tile = prefetch_tile + warp; tile < min(last_tile, prefetch_tile + a.prefetch_tiles);
          tile += WARPS_M * WARPS_K)
-        DenseWeights::prefetch(a, tile, first_unit + a.prefetch_first_unit,
-                               min(units - a.prefetch_first_unit, a.prefetch_units), lane);
+        Weights::prefetch(a, tile, first_unit + a.prefetch_first_unit,
+                          min(units - a.prefetch_first_unit, a.prefetch_units), lane);
     let_next_kernel_start();
     wait_for_previous_kernel();
 
@@ -317,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_CTAS) linear(const
 
     int buffer = 0, area = 0;
     for (int pass_tile = first_tile; pass_tile < last_tile; pass_tile += PASS_TILES) {
-        float sums[TILES_M][TILES_T][4] = {};
+        Sums sums = {};
         for (int slice = 0; slice < slices; slice++) {
             if (!a.resident) {
                 // Every warp is done with the buffer of the step before, and sees the x of this one: it was
@@ -332,7 +270,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_CTAS) linear(const
             stream.seek(a, is_last ? pass_tile + PASS_TILES : pass_tile, last_tile, first_unit, units,
                         is_last ? 0 : slice + 1, warp_m, warp_k, lane);
             const u32 x_slice = x_shared + (a.resident ? slice : buffer) * slice_bytes;
-            work<0>(sums, stream, count, ring, x_slice + warp_k * UNIT_BYTES_X, lane);
+            work<0>(a, sums, stream, count, ring, x_slice + warp_k * UNIT_BYTES_X, lane);
             buffer = buffer == X_BUFFERS - 1 ? 0 : buffer + 1;
         }
         if constexpr (WARPS_K == 1) {

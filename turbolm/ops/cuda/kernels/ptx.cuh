@@ -37,6 +37,13 @@ __device__ __forceinline__ void copy_async_once(u32 to_shared, const char* from)
                  : "memory");
 }
 
+// For what other CTAs read as well.
+template <int OFFSET>
+__device__ __forceinline__ void copy_async_constant(u32 to_shared, const char* from) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1 + %2], 16;" ::"r"(to_shared), "l"(from), "n"(OFFSET)
+                 : "memory");
+}
+
 // Shared memory is named by its 32-bit addresses: half the registers of pointers.
 __device__ __forceinline__ u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
 
@@ -44,11 +51,50 @@ __device__ __forceinline__ uint4 read_shared(u32 address) {
     return *static_cast<const uint4*>(__cvta_shared_to_generic(address));
 }
 
+__device__ __forceinline__ uint2 read_shared_pair(u32 address) {
+    return *static_cast<const uint2*>(__cvta_shared_to_generic(address));
+}
+
+// Four 8 x 8 matrices of 128 bytes, one after the other, as fragments: element pair c of row g of each. The
+// address: of lane 0, plus 16 bytes per lane.
+__device__ __forceinline__ uint4 read_matrices(u32 address) {
+    uint4 r;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
+                 : "r"(address)
+                 : "memory");
+    return r;
+}
+
+// What lanes copied or wrote into shared memory, the others may read; what they read may be overwritten.
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int PENDING>
 __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// What other CTAs wrote before they published.
+__device__ __forceinline__ float4 read_fresh(const float4* from) { return __ldcg(from); }
+
+// What all threads of this CTA wrote, the CTA that awaits the flag may read.
+__device__ __forceinline__ void publish(u32* flag) {
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
+}
+
+// Until another CTA publishes; takes the flag back. All threads take part.
+__device__ __forceinline__ void await(u32* flag) {
+    if (threadIdx.x == 0) {
+        u32 value;
+        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+        while (value == 0);
+        *flag = 0;
+    }
+    __syncthreads();
 }
 
 __device__ __forceinline__ void multiply_add(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -61,6 +107,31 @@ __device__ __forceinline__ void multiply_add(float (&sum)[4], u32 a0, u32 a1, u3
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 #endif
+}
+
+// Bytes 0 and 1, or 2 and 3, as the low bytes of two halves.
+__device__ __forceinline__ u32 spread_low_bytes(u32 bytes) { return __byte_perm(bytes, 0, 0x4140); }
+__device__ __forceinline__ u32 spread_high_bytes(u32 bytes) { return __byte_perm(bytes, 0, 0x4342); }
+
+// Of two elements each.
+__device__ __forceinline__ u32 add_pairs(u32 a, u32 b) {
+    u32 sum;
+#if ELEMENT_FP16
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+#else
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3f803f80u), "r"(b));
+#endif
+    return sum;
+}
+
+__device__ __forceinline__ u32 multiply_pairs(u32 a, u32 b) {
+    u32 product;
+#if ELEMENT_FP16
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+#else
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));  // -0
+#endif
+    return product;
 }
 
 __device__ __forceinline__ float to_float(u16 bits) {

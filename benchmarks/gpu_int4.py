@@ -1,0 +1,395 @@
+"""Products with weights of 4 bits on a GPU: right, and how far from the speed of memory and of the tensor cores.
+
+    python benchmarks/gpu_int4.py --out results.json [--rows 1 16 64 256] [--variants 1 64]
+
+The layers of a Llama-2-7B shape, group 128. Times are of CUDA graphs; those of a step go through 32 layers of
+different weights, those of one product through copies that exceed the L2 cache together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from gpu_linear import make, microseconds
+from torch import Tensor
+
+from turbolm.ops.cuda import linear, weights, wide
+from turbolm.ops.cuda.compiler import KERNELS, compile_cubin, cuda_kernels_error
+from turbolm.ops.cuda.eight_bit import EightBitMatrix
+from turbolm.ops.cuda.int4 import Int4Matrix, pack
+from turbolm.ops.cuda.plan import INT4, Output, Plan, Tile, Unit, estimate, plan_linear, tiles_of
+from turbolm.ops.cuda.weights import DenseLinear, EightBitLinear, Int4Linear
+from turbolm.ops.cuda.wide import WidePlan, WideTile
+from turbolm.quant.int4 import int4
+
+SHAPES = {"qkv": (12288, 4096), "o": (4096, 4096), "gate_up": (22016, 4096), "down": (4096, 11008)}
+HEAD = (32000, 4096)
+LAYERS = 32
+UNIT = INT4[128]
+ROTATION = 300 << 20  # bytes of weights that a graph goes through at least
+WIDE_TILES = (
+    *(WideTile(16, warpgroups, 6) for warpgroups in (2, 4)),
+    *(WideTile(32, warpgroups, 6) for warpgroups in (2, 4)),
+    *(WideTile(64, warpgroups, 6) for warpgroups in (2, 4)),
+    *(WideTile(64, 4, 4, fragments) for fragments in (2, 4)),
+    *(WideTile(128, warpgroups, 4, fragments) for warpgroups in (2, 4) for fragments in (2, 4)),
+    WideTile(256, 2, 3),
+)
+
+
+def random_matrix(n: int, k: int, group: int) -> tuple[Int4Matrix, Tensor]:
+    """Packed, and as float32."""
+    codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
+    scales = (torch.rand(n, k // group, device="cuda") * 2 * k**-0.5 / 7).half()
+    zeros = torch.randint(0, 17, (n, k // group), dtype=torch.uint8, device="cuda")
+    return pack(codes, scales, zeros), int4(codes, scales, zeros).dequantize(torch.float32)
+
+
+def any_matrix(n: int, k: int) -> Int4Matrix:
+    """Of random codes and one scale, made quickly."""
+    units = torch.randint(0, 256, (n // 16, k // 128, UNIT.num_bytes), dtype=torch.uint8, device="cuda")
+    word = torch.tensor([k**-0.5 / 5], dtype=torch.float32).view(torch.int32) & ~31 | 8
+    units[:, :, 1024:] = word.view(torch.uint8).repeat(16).cuda()
+    return Int4Matrix(units, 128)
+
+
+def error_of(result: Tensor, expected: Tensor) -> float:
+    """Largest, of the largest value."""
+    if not bool(result.isfinite().all()):
+        return float("inf")
+    return float((result.float() - expected).abs().max() / expected.abs().max())
+
+
+def gate(y: Tensor) -> Tensor:
+    half = y.shape[1] // 2
+    return F.silu(y[:, :half]) * y[:, half:]
+
+
+def check_paths(rows: list[int]) -> list[dict[str, Any]]:
+    """Every shape, group size and number of rows, as a model runs them; the largest error of each kind."""
+    found = []
+    for (name, (n, k)), group in itertools.product(SHAPES.items(), (128, 32, 64, 0)):
+        matrix, dense = random_matrix(n, k, group or k)
+        bias = make(n)
+        product = Int4Linear(matrix, bias, None)
+        plain = Int4Linear(matrix, None, None)
+        for t in rows:
+            x = make(t, k, dtype=dtype_of(t))
+            product.bias = bias.to(x.dtype)
+            y = F.linear(x.float(), dense)
+            errors = {}
+            if product.is_deferred(t):
+                parts = product.parts(x)
+                errors["parts"] = error_of(parts.sum(0) if parts.dim() == 3 else parts, y + bias)
+                errors["gated"] = error_of(plain.gated(x, "silu"), gate(y))
+            logits = torch.empty(t, n, device="cuda")
+            plain.logits(x, logits)
+            errors["logits"] = error_of(logits, y)
+            if t >= 128:
+                errors["unpacked"] = error_of(product.multiply(x), y + bias)
+            for kind, error in errors.items():
+                found.append({"layer": name, "group": group or k, "t": t, "kind": kind, "error": error})
+                if error > 1e-2:
+                    print(f"WRONG {error:.3g} {found[-1]}")
+        del matrix, dense
+    worst = max(found, key=lambda row: row["error"])
+    print(
+        f"checked {len(found)} products, {sum(r['error'] > 1e-2 for r in found)} wrong; the worst: {worst}", flush=True
+    )
+    order = torch.randperm(4096, device="cuda").int()
+    matrix, dense = random_matrix(4096, 4096, 128)
+    x = make(8, 4096)
+    error = error_of(Int4Linear(matrix, None, order).logits(x, out := torch.empty(8, 4096, device="cuda")) or out,
+                     F.linear(x[:, order.long()].float(), dense))  # fmt: skip
+    print(f"columns in an order: {error:.2g}")
+    return found
+
+
+def ring_plans(t: int, n: int, k: int, output: Output) -> Iterator[Plan]:
+    """The best by estimate of every tile and number of CTAs."""
+    gpu = linear.gpu_of(0)
+    chosen = plan_linear(t, n, k, output, gpu, UNIT)
+    assert chosen is not None
+    yield chosen
+    for size in (0, 128 << 10):
+        yield replace(chosen, prefetch_bytes=size)
+    for tile in (tile for tile in tiles_of(UNIT) if tile.tokens == chosen.tile.tokens):
+        plans = []
+        for splits in range(1, 9 if output is Output.PARTS else 2):
+            cta_tiles = -(-chosen.num_tiles // min(chosen.num_tiles, gpu.num_sms // splits))
+            for resident in (True, False):
+                plan = Plan(tile, -(-chosen.num_tiles // cta_tiles), splits, chosen.num_tiles, k // 128, resident)
+                usable = resident or plan.cta_units > 3 * tile.slice_units
+                if usable and plan.shared_bytes <= gpu.shared_per_cta and plan != chosen:
+                    plans.append(plan)
+        plans.sort(key=lambda plan: estimate(plan, output, gpu))
+        yield from plans[: 3 if output is Output.PARTS else 1]
+
+
+def wide_plans(t: int, n: int, k: int) -> Iterator[WidePlan]:
+    gpu = linear.gpu_of(0)
+    yield wide.plan_wide(t, n, k, UNIT, gpu)
+    for tile in WIDE_TILES:
+        fits = tile.tokens // 4 < t and (tile.tokens >= min(t, 64)) and tile.shared_bytes(UNIT) <= gpu.shared_per_cta
+        if not fits:
+            continue
+        row_tiles, token_tiles = -(-n // (64 * tile.warpgroups)), -(-t // tile.tokens)
+        tiles = row_tiles * token_tiles
+        for grid in sorted({gpu.num_sms, min(tiles, gpu.num_sms), gpu.num_sms // tiles * tiles or gpu.num_sms}):
+            yield WidePlan(tile, grid, row_tiles, token_tiles, k // 128)
+
+
+def run_ring(plan: Plan, output: Output, x: Tensor, matrix: Int4Matrix, out: dict[Any, Tensor], overlap: bool) -> None:
+    t, n = x.shape[0], matrix.shape[0]
+    if output is Output.PARTS and plan.splits == 1:
+        output = Output.ELEMENTS
+    shape = {Output.PARTS: (plan.splits, t, n), Output.GATED: (t, n // 2)}.get(output, (t, n))
+    if shape not in out:
+        out[shape] = torch.empty(shape, dtype=torch.float32 if output is Output.PARTS else x.dtype, device="cuda")
+    linear.run(plan, output, x, matrix, None, out[shape], overlap=overlap)
+
+
+def time_variants(name: str, t: int, matrices: list[Int4Matrix]) -> dict[str, Any]:
+    """Every variant of the kernels on one shape."""
+    n, k = SHAPES[name]
+    output = Output.GATED if name == "gate_up" else Output.PARTS
+    x, out = make(t, k), {}
+    result = torch.empty(t, n // 2 if output is Output.GATED else n, dtype=x.dtype, device="cuda")
+    kind = Output.GATED if output is Output.GATED else Output.ELEMENTS
+    times, chosen = [], set()
+
+    def measure(label: str, work: Callable[[Int4Matrix], Any]) -> None:
+        times.append((microseconds(lambda: [work(m) for m in matrices] and None, len(matrices)), label))
+
+    if t <= 64:
+        for i, ring in enumerate(ring_plans(t, n, k, output)):
+            label = describe_ring(ring)
+            measure(label, lambda m, p=ring: run_ring(p, output, x, m, out, overlap=True))
+            measure(label + " apart", lambda m, p=ring: run_ring(p, output, x, m, out, overlap=False))
+            chosen |= {label} if i == 0 else set()
+    if t >= 8:
+        for i, plan in enumerate(wide_plans(t, n, k)):
+            measure(describe_wide(plan), lambda m, p=plan: wide.run(p, kind, x, m, None, result))
+            chosen |= {describe_wide(plan)} if i == 0 else set()
+    num_bytes, flops = matrices[0].units.numel(), 2 * t * n * k
+    print(f"{name} t={t}: floor {max(num_bytes / 4.55e6, flops / 689e6):.1f} us")
+    for i, (duration, label) in enumerate(sorted(times)):
+        if i < 6 or label in chosen:
+            rates = f"{num_bytes / duration / 1e6:5.2f} TB/s {flops / duration / 1e6:4.0f} TFLOP/s"
+            print(f"   {duration:7.2f} us {rates} {label}{'  <- chosen' if label in chosen else ''}")
+    print(end="", flush=True)
+    return {"layer": name, "t": t, "times": sorted(times)}
+
+
+def time_shapes(rows: list[int]) -> list[dict[str, Any]]:
+    found = []
+    for name, (n, k) in SHAPES.items():
+        matrices = [any_matrix(n, k) for _ in range(max(2, -(-ROTATION // (n * k * 17 // 32))))]
+        found += [time_variants(name, t, matrices) for t in rows]
+    return found
+
+
+def describe_ring(plan: Plan) -> str:
+    tile = plan.tile
+    return (
+        f"ring {tile.warps_m}x{tile.warps_k}w m{tile.tiles_m} d{tile.depth} grid {plan.groups}x{plan.splits}"
+        f"{' res' if plan.resident else ''} {plan.shared_bytes >> 10}K pf{plan.prefetch_bytes >> 10}K"
+    )
+
+
+def describe_wide(plan: WidePlan) -> str:
+    tile = plan.tile
+    return f"wide {tile.tokens}x{64 * tile.warpgroups} s{tile.stages} f{tile.fragments} grid {plan.grid}"
+
+
+def compile_all(rows: list[int]) -> None:
+    """What is timed, and what products of so many rows use, by many threads."""
+    jobs: set[tuple[str, tuple[tuple[str, int], ...], str]] = set()
+    ring_outputs = (Output.PARTS, Output.ELEMENTS, Output.GATED)
+
+    def add(tile: Tile | WideTile, unit: Unit, output: Output, dtype: torch.dtype) -> None:
+        if isinstance(tile, WideTile):
+            jobs.add(("wide.cu", tuple(wide.kernel_defines(tile, unit, output, 0, dtype).items()), "sm_90a"))
+        else:
+            architecture = "sm_{}{}".format(*torch.cuda.get_device_capability())
+            jobs.add(("linear.cu", tuple(linear.kernel_defines(tile, output, 0, dtype).items()), architecture))
+
+    for tile, output in itertools.product(tiles_of(UNIT), ring_outputs):
+        add(tile, UNIT, output, torch.bfloat16)
+    for wide_tile, output in itertools.product({*WIDE_TILES, *wide.TILES}, (Output.ELEMENTS, Output.GATED)):
+        add(wide_tile, UNIT, output, torch.bfloat16)
+    for (n, k), unit, t in itertools.product(SHAPES.values(), INT4.values(), rows):
+        for output in (*ring_outputs, Output.FLOATS):
+            planned = Output.PARTS if output is Output.ELEMENTS else output
+            plan = plan_linear(t, n, k, planned, linear.gpu_of(0), unit)
+            if plan is not None and t <= 16:
+                add(plan.tile, unit, output, dtype_of(t))
+            if t > 16 and output is not Output.PARTS:
+                add(wide.plan_wide(t, n, k, unit, linear.gpu_of(0)).tile, unit, output, dtype_of(t))
+    started = time.perf_counter()
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda job: compile_cubin(KERNELS / job[0], dict(job[1]), job[2]), jobs))
+    print(f"compiled {len(jobs)} kernels in {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def dtype_of(t: int) -> torch.dtype:
+    """In which products of so many rows are checked."""
+    return torch.float16 if t in (2, 32) else torch.bfloat16
+
+
+def ring_layer(x: dict[str, Tensor], layer: dict[str, Int4Linear], prefetch: int, overlap: bool | None) -> None:
+    for name, product in layer.items():
+        (n, k), t = SHAPES[name], x[name].shape[0]
+        output = Output.GATED if name == "gate_up" else Output.PARTS
+        plan = plan_linear(t, n, k, output, linear.gpu_of(0), UNIT)
+        assert plan is not None
+        plan = replace(plan, prefetch_bytes=prefetch)
+        run_ring(plan, output, x[name], product.matrix, {}, plan.is_fast_beside_others if overlap is None else overlap)
+
+
+def wide_layer(x: dict[str, Tensor], layer: dict[str, Int4Linear]) -> None:
+    for name, product in layer.items():
+        out = x[name].new_empty(x[name].shape[0], SHAPES[name][0] // (2 if name == "gate_up" else 1))
+        if name == "gate_up":
+            wide.wide_gated(x[name], product.matrix, "silu", out)
+        else:
+            wide.wide_linear(x[name], product.matrix, None, out)
+
+
+def unpack_layer(x: dict[str, Tensor], layer: dict[str, Int4Linear], num_bytes: int) -> None:
+    weights._UNPACKED_BYTES = num_bytes
+    for name, product in layer.items():
+        product.multiply(x[name])
+
+
+def time_steps(rows: list[int]) -> list[dict[str, Any]]:
+    """All layers' products in order, with each kernel; the head apart. Milliseconds."""
+    layers = [
+        {name: Int4Linear(any_matrix(*shape), None, None) for name, shape in SHAPES.items()} for _ in range(LAYERS)
+    ]
+    head = [DenseLinear(make(*HEAD, scale=0.02), None) for _ in range(2)]
+    dense = [{name: make(*shape, scale=0.02) for name, shape in SHAPES.items()} for _ in range(4)]
+    num_bytes = sum(product.num_bytes for layer in layers for product in layer.values())
+    print(f"a step of {LAYERS} layers: {num_bytes / 1e9:.2f} GB, at 4.55 TB/s {num_bytes / 4.55e9:.3f} ms", flush=True)
+    return [time_step(t, layers, head, dense, num_bytes) for t in rows]
+
+
+def time_step(
+    t: int,
+    layers: list[dict[str, Int4Linear]],
+    head: list[DenseLinear],
+    dense: list[dict[str, Tensor]],
+    num_bytes: int,
+) -> dict[str, Any]:
+    x = {name: make(t, k) for name, (_, k) in SHAPES.items()}
+    layers = layers if t <= 512 else layers[:8]
+    row: dict[str, Any] = {"t": t}
+
+    def measure(label: str, work: Callable[[dict[str, Int4Linear]], None]) -> None:
+        row[label] = microseconds(lambda: [work(layer) for layer in layers] and None, len(layers)) * LAYERS / 1e3
+
+    if t <= 64:
+        for label, prefetch, overlap in (
+            ("ring", 64, None),
+            ("ring pf0", 0, None),
+            ("ring pf128", 128, None),
+            ("ring overlap", 64, True),
+            ("ring apart", 64, False),
+        ):
+            measure(label, lambda layer, p=prefetch << 10, o=overlap: ring_layer(x, layer, p, o))
+    if t >= 8:
+        measure("wide", lambda layer: wide_layer(x, layer))
+    if t >= 256:
+        for megabytes in (16, 32, 64, 256):
+            measure(f"unpack {megabytes}M", lambda layer, b=megabytes << 20: unpack_layer(x, layer, b))
+    best = min(value for label, value in row.items() if label != "t")
+    products = lambda: [F.linear(x[name], w) for layer in dense for name, w in layer.items()] and None  # noqa: E731
+    row["bf16"] = microseconds(products, len(dense)) * LAYERS / 1e3
+    logits, hidden = torch.empty(t, HEAD[0], device="cuda"), make(t, HEAD[1])
+    row["head"] = microseconds(lambda: [h.logits(hidden, logits) for h in head] and None, len(head)) / 1e3
+    floor = max(num_bytes / 4.55e9, 2 * sum(n * k for n, k in SHAPES.values()) * LAYERS * t / 689e9)
+    times = "  ".join(f"{label} {value:.3f}" for label, value in row.items() if label != "t")
+    print(f"step t={t}: floor {floor:.3f}, best + head {best + row['head']:.3f} ms | {times}", flush=True)
+    return row
+
+
+def eight_bit_linear(n: int, k: int, dtype: torch.dtype) -> EightBitLinear:
+    if dtype == torch.int8:
+        codes = torch.randint(-127, 128, (n, k), dtype=dtype, device="cuda")
+    else:
+        codes = make(n, k, scale=60, dtype=torch.float32).clamp_(-448, 448).to(dtype)
+    return EightBitLinear(EightBitMatrix(codes, (torch.rand(n, device="cuda") + 0.5) / 60 * k**-0.5), None)
+
+
+def time_eight_bits(rows: list[int]) -> list[dict[str, Any]]:
+    """int8 and fp8, whose activations are rounded, too, beyond few rows."""
+    found = []
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        layers = [{name: eight_bit_linear(*shape, dtype) for name, shape in SHAPES.items()} for _ in range(4)]
+        for t in rows:
+            found.append(time_eight_bit_step(layers, t) | {"dtype": str(dtype)})
+            print(found[-1], flush=True)
+    return found
+
+
+def time_eight_bit_step(layers: list[dict[str, EightBitLinear]], t: int) -> dict[str, Any]:
+    """The largest errors, and the milliseconds that a step's layers take."""
+    x = {name: make(t, k) for name, (_, k) in SHAPES.items()}
+    row: dict[str, Any] = {"t": t}
+
+    def product(name: str, linear_8: EightBitLinear) -> Tensor:
+        if not linear_8.is_deferred(t):
+            return linear_8.multiply(x[name])
+        return linear_8.gated(x[name], "silu") if name == "gate_up" else linear_8.parts(x[name])
+
+    for name, linear_8 in layers[0].items():
+        y = F.linear(x[name].float(), linear_8.matrix.codes.float() * linear_8.matrix.scales[:, None])
+        result = product(name, linear_8)
+        expected = y if result.shape[-1] == y.shape[1] else gate(y)
+        row[f"error {name}"] = error_of(result.sum(0) if result.dim() == 3 else result, expected)
+    work = lambda: [product(*item) for layer in layers for item in layer.items()] and None  # noqa: E731
+    row["ms"] = microseconds(work, len(layers)) * LAYERS / 1e3
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="a JSON file for the results")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048])
+    parser.add_argument(
+        "--variants", type=int, nargs="+", default=[1, 8, 16, 32, 64, 128, 256], help="rows to try all of"
+    )
+    options = parser.parse_args()
+    error = cuda_kernels_error()
+    if error:
+        raise SystemExit(f"the kernels can't run: {error}")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    results: dict[str, Any] = {"gpu": torch.cuda.get_device_name()}
+    checked = [1, 2, 8, 16, 17, 32, 64, 128, 200, 256, 1024, 4096]
+    compile_all(checked)
+    sections: dict[str, Callable[[], Any]] = {
+        "checks": lambda: check_paths(checked),
+        "steps": lambda: time_steps(options.rows),
+        "eight bits": lambda: time_eight_bits([1, 16, 17, 64, 256, 2048]),
+        "variants": lambda: time_shapes(options.variants),
+    }
+    for name, section in sections.items():
+        started = time.perf_counter()
+        results[name] = section()
+        torch.cuda.empty_cache()
+        print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+        options.out.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

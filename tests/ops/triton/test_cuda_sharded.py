@@ -1,0 +1,99 @@
+"""Two ranks of the GPU backend, each a process in which Triton's interpreter runs kernels, compute what one does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from forked_ranks import Memory, on_all_ranks, shared_bytes
+from tiny import Tiny
+from torch import Tensor
+
+from turbolm.engine.batch import lay_out
+from turbolm.engine.step import ScheduledSequence, Step
+from turbolm.kv import KvFormat
+from turbolm.models.checkpoint import open_checkpoint
+from turbolm.models.decoder import cache_spec, load_decoder
+from turbolm.models.loader import Loader
+from turbolm.models.registry import decoder_spec
+from turbolm.models.sharding import ShardLoader, cuts, shard_spec
+from turbolm.ops.cuda.ops import CudaOps
+from turbolm.ops.cuda.sharded import ShardedCudaOps
+from turbolm.ops.cuda.weights import DenseLinear
+from turbolm.parallel.shard import Shard
+from turbolm.types import Batch, Request, Sequence
+
+CPU = torch.device("cpu")
+SIZE, VOCABULARY, HIDDEN = 2, 16500, 64
+BF16 = KvFormat.both("bfloat16")
+
+
+class SharedGroup:
+    """Collectives of a rank whose sums all go through shared memory."""
+
+    size = SIZE
+
+    def __init__(self, rank: int, memories: Iterator[list[Tensor]]) -> None:
+        self.rank, self._memories = rank, memories
+
+    def share(self, num_bytes: int) -> Memory:
+        memories = next(self._memories)
+        return Memory([memory[:num_bytes] for memory in memories], self.rank)
+
+    def all_reduce(self, x: Tensor) -> None:
+        raise AssertionError("small steps need no other sums")
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        raise AssertionError("logits stay apart")
+
+
+def batches() -> list[Batch]:
+    """A prompt and a decode."""
+    tokens = (5, 16400, 9000)
+    sequence = Sequence(Request("a", tokens))
+    sequence.blocks = [1]
+    items = [ScheduledSequence(sequence, 0, 2, True), ScheduledSequence(sequence, 2, 1, True)]
+    rows = [[1], [0]]
+    return [
+        lay_out(Step((item,), item.num_tokens), 16, [wanted]).batch(torch.from_numpy)
+        for item, wanted in zip(items, rows, strict=True)
+    ]
+
+
+def test_two_ranks_compute_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What runs on a GPU alone: copies from pinned memory, and products of bfloat16 that give float32.
+    monkeypatch.setattr(CudaOps, "_copy", lambda self, source, target: target.copy_(source))
+    monkeypatch.setattr(DenseLinear, "logits", lambda self, x, out: out.copy_(x.float() @ self.weight.float().T))
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_hidden_layers": 1, "head_dim": 64}
+    Tiny("Llama", sizes | {"tie_word_embeddings": True}).save(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    spec = decoder_spec(checkpoint.config)
+    alone = CudaOps(CPU, torch.bfloat16)
+    model = load_decoder(spec, Loader(checkpoint.source, alone), 64)
+    caches = cache_spec(spec, BF16).allocate(2, 16, CPU)
+    expected = [model.forward(batch, caches).clone() for batch in batches()]
+    memories = [[shared_bytes(4 << 20) for _ in range(SIZE)] for _ in range(4)]
+    width = Shard(0, SIZE).vocabulary_size(VOCABULARY)
+    logits = [shared_bytes(2 * width * 4).view(torch.float32).view(2, width) for _ in range(SIZE)]
+    tokens = [shared_bytes(2 * 4).view(torch.int32) for _ in range(SIZE)]
+
+    def work(rank: int) -> None:
+        shard = Shard(rank, SIZE)
+        ops = ShardedCudaOps(CPU, torch.bfloat16, SharedGroup(rank, iter(memories)), VOCABULARY, HIDDEN)
+        part = load_decoder(shard_spec(spec, shard), ShardLoader(checkpoint.source, ops, cuts(spec, shard)), 64)
+        ops.finish_loading(4, part.spec.vocab_size)
+        own_caches = cache_spec(part.spec, BF16).allocate(2, 16, CPU)
+        for number, batch in enumerate(batches()):
+            found = part.forward(batch, own_caches)
+            logits[rank][number] = found[0]
+            uniform = torch.tensor([0.5], dtype=torch.float64)
+            columns = (torch.zeros(1), torch.zeros(1, dtype=torch.int32), torch.ones(1), torch.zeros(1), uniform)
+            tokens[rank][number] = ops.sample(found, *columns, has_filters=False)[0]
+
+    on_all_ranks(SIZE, work)
+    whole = torch.cat(logits, dim=1)[:, :VOCABULARY]
+    for number, wanted in enumerate(expected):
+        torch.testing.assert_close(whole[number], wanted[0], rtol=0.05, atol=0.08)
+        assert [int(chosen[number]) for chosen in tokens] == [int(whole[number].argmax())] * SIZE

@@ -1,0 +1,185 @@
+"""From the engine to the event loops in which its answers are awaited."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+from turbolm.engine.step import SchedulerStats
+from turbolm.errors import EngineError, TurbolmError
+from turbolm.stream import AnswerStream
+from turbolm.types import Output, Request
+
+logger = logging.getLogger(__name__)
+
+#: Takes the outputs of a request, in order, in the request's event loop. Must not raise.
+Sink = Callable[[Output], None]
+
+
+class AnyEngine(Protocol):
+    """`Engine`, or what stands in for one in another process."""
+
+    def submit(self, requests: Sequence[Request], deltas: bool = True) -> None: ...
+    def cancel(self, request_id: str, index: int = 0) -> None: ...
+    def close(self) -> None: ...
+    def wait_until_warm(self, timeout: float | None = None) -> bool: ...
+    @property
+    def stats(self) -> SchedulerStats: ...
+
+
+class _Inbox:
+    """What has come for the requests of one event loop."""
+
+    def __init__(self) -> None:
+        self.steps: deque[Sequence[Output]] = deque()
+        self.num_routes = 0
+
+
+class _Route(NamedTuple):
+    loop: asyncio.AbstractEventLoop
+    sink: Sink
+
+
+class Delivery:
+    """Where each request's outputs go. What comes while an event loop is busy is joined: a loop that falls behind
+    has fewer, longer outputs to take."""
+
+    def __init__(self) -> None:
+        self._routes: dict[str, _Route] = {}  # by request id
+        self._inboxes: dict[asyncio.AbstractEventLoop, _Inbox] = {}  # an entry comes and goes in its loop's thread
+
+    def deliver(self, outputs: Sequence[Output]) -> None:
+        """Called in the engine's thread, which has other things to do."""
+        if outputs:
+            for loop, inbox in tuple(self._inboxes.items()):
+                inbox.steps.append(outputs)
+                if len(inbox.steps) == 1 and not loop.is_closed():  # otherwise it has been told
+                    loop.call_soon_threadsafe(self._empty, loop, inbox)
+
+    def open(self, request_id: str, sink: Sink) -> None:
+        """From now on, this event loop gets the request's outputs."""
+        loop = asyncio.get_running_loop()
+        self._routes[request_id] = _Route(loop, sink)
+        self._inboxes.setdefault(loop, _Inbox()).num_routes += 1
+
+    def close(self, request_id: str) -> None:
+        """The request's outputs go nowhere. Idempotent."""
+        route = self._routes.pop(request_id, None)
+        if route is not None:
+            inbox = self._inboxes[route.loop]
+            inbox.num_routes -= 1
+            if not inbox.num_routes:
+                del self._inboxes[route.loop]
+
+    def _empty(self, loop: asyncio.AbstractEventLoop, inbox: _Inbox) -> None:
+        steps, routes = [], self._routes
+        while inbox.steps:
+            steps.append(inbox.steps.popleft())
+        for output in steps[0] if len(steps) == 1 else _joined(steps):
+            route = routes.get(output[0])
+            if route is not None and route.loop is loop:
+                route.sink(output)
+
+
+def _joined(steps: Iterable[Sequence[Output]]) -> Iterable[Output]:
+    """The outputs of several steps as one for each answer."""
+    found: dict[tuple[str, int], Output] = {}
+    for outputs in steps:
+        for output in outputs:
+            key = (output.request_id, output.index)
+            before = found.get(key)
+            if before is not None:
+                output = output._replace(  # noqa: PLW2901
+                    token_ids=before.token_ids + output.token_ids,
+                    logprobs=before.logprobs + output.logprobs,
+                    prompt_logprobs=before.prompt_logprobs + output.prompt_logprobs,
+                )
+            found[key] = output
+    return found.values()
+
+
+class Answers(AsyncIterator[Output]):
+    """The answers to one request, as they come. Iterate, or have `begin` call a function with each output. Leaving
+    the iteration, `end` or `aclose` cancel what still runs."""
+
+    def __init__(
+        self,
+        engine: AnyEngine,
+        delivery: Delivery,
+        requests: Sequence[Request],
+        streams: Sequence[AnswerStream],
+        deltas: bool,
+    ) -> None:
+        """`requests`: one for each answer, with the `streams` that read them; `deltas` as for `Engine.submit`."""
+        self._engine = engine
+        self._delivery = delivery
+        self._requests = requests
+        self._streams = streams
+        self._deltas = deltas
+        self._id = requests[0].id
+        self._num_open = len(requests)
+        self._sink: Sink | None = None
+        self._outputs: asyncio.Queue[Output] = asyncio.Queue()
+
+    def begin(self, sink: Sink) -> None:
+        """Starts the request: `sink` is called, in this event loop, with each output. Raises EngineError where the
+        engine takes no more requests."""
+        self._sink = sink
+        self._delivery.open(self._id, self._take)
+        try:
+            self._engine.submit(self._requests, self._deltas)
+        except TurbolmError:
+            self.end()
+            raise
+
+    def end(self) -> None:
+        """No further outputs. Idempotent."""
+        self._delivery.close(self._id)
+        if self._sink is not None and self._num_open:
+            for request, stream in zip(self._requests, self._streams, strict=True):
+                if not stream.is_over:
+                    self._engine.cancel(self._id, request.index)
+        self._num_open = 0
+
+    async def aclose(self) -> None:
+        self.end()
+
+    def __aiter__(self) -> Answers:
+        return self
+
+    async def __anext__(self) -> Output:
+        if self._sink is None and self._num_open:
+            self.begin(self._outputs.put_nowait)
+        if not self._num_open and self._outputs.empty():
+            raise StopAsyncIteration
+        try:
+            return await self._outputs.get()
+        except asyncio.CancelledError:
+            self.end()
+            raise
+
+    def __del__(self) -> None:
+        if self._sink is not None and self._num_open:
+            self.end()
+
+    def _take(self, output: Output) -> None:
+        stream = self._streams[output.index]
+        try:
+            delta = stream.push(output)
+        except Exception:  # a bug; the other requests' outputs come next
+            logger.exception("the answer to request %s can't be read", self._id)
+            delta = output._replace(finish_reason="error", error=EngineError("the answer can't be read; see the log"))
+            stream.is_over = True
+            self._engine.cancel(self._id, output.index)
+        if delta is None or self._sink is None:
+            return
+        if delta.finish_reason is not None:
+            self._num_open -= 1
+            if not self._num_open:
+                self._delivery.close(self._id)
+        elif stream.is_stopped:
+            self._engine.cancel(self._id, output.index)
+        self._sink(delta)

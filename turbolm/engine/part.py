@@ -1,0 +1,110 @@
+"""One rank's part of a model, from the checkpoint to a device that computes steps; and the process that leads all."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from turbolm.config import ResolvedConfig
+from turbolm.engine.device_runner import DeviceRunner
+from turbolm.engine.graph import DecodeGraphs, record
+from turbolm.engine.ranks import FAILED, LOAD, LoadOrder, Ranks
+from turbolm.engine.step_device import StepDevice
+from turbolm.errors import EngineError
+from turbolm.models.checkpoint import Checkpoint
+from turbolm.models.decoder import Decoder, cache_spec, load_decoder
+from turbolm.models.loader import Progress
+from turbolm.models.sharding import ShardLoader, cuts, shard_spec
+from turbolm.models.spec import DecoderSpec
+from turbolm.ops import LayerCache
+from turbolm.ops.select import select_sharded_ops
+from turbolm.ops.sharded import ShardedOps
+from turbolm.parallel.collectives import ProcessGroup
+from turbolm.parallel.processes import RankProcesses
+from turbolm.parallel.shard import Shard
+from turbolm.quant.rounding import Rounding
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Loaded weights and an empty KV cache."""
+
+    model: Decoder
+    ops: ShardedOps
+    caches: list[LayerCache]
+    config: ResolvedConfig
+
+    def step_device(self) -> StepDevice:
+        """Waits for the other ranks, which must do the same."""
+        ops, config = self.ops, self.config
+        ops.finish_loading(config.max_logit_rows, self.model.spec.vocab_size)
+        forward = record(self.model, self.caches, config)
+        graphs = None
+        if ops.device.type == "cuda" and config.kernels == "native":
+            graphs = DecodeGraphs(forward, config, config.block_size, ops.device)
+        return StepDevice(forward, graphs, ops.device, ops.sample, ops.resolve_tokens, ops.gather_logits)
+
+
+def device_of(config: ResolvedConfig, rank: int) -> torch.device:
+    """Rank r's GPU is the r-th."""
+    return torch.device(config.device, rank) if config.device == "cuda" else torch.device(config.device)
+
+
+def load_part(
+    checkpoint: Checkpoint,
+    spec: DecoderSpec,
+    config: ResolvedConfig,
+    vocab_size: int,
+    group: ProcessGroup,
+    rounding: Rounding | None,
+    progress: Progress | None = None,
+) -> Part:
+    """`spec`: the whole model's. `vocab_size`: tokens that may be chosen. Doesn't wait for other ranks."""
+    shard = Shard(group.rank, group.size)
+    device = device_of(config, group.rank)
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, config.threads // group.size))
+    ops = select_sharded_ops(device, config.kernels, config.dtype, group, vocab_size, spec.hidden_size)
+    loader = ShardLoader(
+        checkpoint.source, ops, cuts(spec, shard), progress, packing=checkpoint.packing, rounding=rounding
+    )
+    model = load_decoder(shard_spec(spec, shard), loader, config.max_context)
+    caches = cache_spec(model.spec, config.kv).allocate(config.num_blocks, config.block_size, device)
+    return Part(model, ops, caches, config)
+
+
+def lead(path: Path, config: ResolvedConfig, vocab_size: int, load: Callable[[ProcessGroup], Part]) -> DeviceRunner:
+    """Start the other ranks, load this process's part by `load` while they load theirs, and lead them. `path`: the
+    checkpoint. Raises EngineError naming a rank that fails."""
+    size = config.tensor_parallel
+    folder = tempfile.TemporaryDirectory(prefix="turbolm-")  # private to this user
+    store = Path(folder.name) / "store"
+    processes = RankProcesses("turbolm.engine.rank", size)
+    group = None
+    try:
+        processes.send(LOAD, [LoadOrder(path, config, vocab_size, store).encode()])
+        _await(processes)
+        with processes.watching():
+            group = ProcessGroup(Shard(0, size), device_of(config, 0), store)
+        part = load(group)
+        _await(processes)
+        with processes.watching():
+            device = part.step_device()
+    except BaseException:
+        processes.close()
+        if group is not None:
+            group.abort()
+        folder.cleanup()
+        raise
+    return DeviceRunner(device, config, config.block_size, vocab_size, Ranks(processes, group, folder))
+
+
+def _await(processes: RankProcesses) -> None:
+    """The next message of all ranks."""
+    for rank, message in enumerate(processes.receive(), 1):
+        if message.kind == FAILED:
+            raise EngineError(f"rank {rank}: {bytes(message.body).decode()}")

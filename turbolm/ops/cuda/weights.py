@@ -1,0 +1,237 @@
+"""Matrices as the GPU's products want them: what `prepare_linear` makes, and which kernel multiplies by it.
+
+t  rows of x    n, k  out and in features    p  parts that k was split into    f = n / 2
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from turbolm.ops.cuda import linear as few
+from turbolm.ops.cuda import wide
+from turbolm.ops.cuda.eight_bit import EightBitMatrix
+from turbolm.ops.cuda.int4 import Int4Matrix
+from turbolm.ops.cuda.plan import MAX_TOKENS
+from turbolm.ops.triton.rounding import round_rows, scale_sums
+from turbolm.ops.triton.unpack import unpack_int4
+
+if TYPE_CHECKING:
+    from turbolm.ops import Activation
+
+# Rows of x up to which the kernel for few rows is the fastest (docs/log.md): …
+_FEW_ROWS = 16
+_FEW_ROWS_OF_SMALL = 32  # … with 16-bit weights of at most
+_LARGE = 16 << 20  # bytes
+_FEW_ROWS_OF_INT4 = 16
+_INT8_ROWS = 32  # torch._int_mm takes more than 16
+_WIDE_ROWS = 1024  # up to which weights of 4 bits are unpacked in the product
+_UNPACKED_BYTES = 64 << 20  # of weights at a time, beyond that
+
+
+@dataclass(slots=True)
+class DenseLinear:
+    """Matrices stacked by output rows, in the dtype of the activations."""
+
+    weight: Tensor  # [n, k]
+    bias: Tensor | None  # [n]
+
+    @property
+    def out_features(self) -> int:
+        return int(self.weight.shape[0])
+
+    @property
+    def in_features(self) -> int:
+        return int(self.weight.shape[1])
+
+    @property
+    def num_bytes(self) -> int:
+        return self.weight.numel() * self.weight.element_size()
+
+    def is_deferred(self, num_rows: int) -> bool:
+        """Whether `parts` and `gated` are the fastest, and allowed."""
+        limit = _FEW_ROWS if self.num_bytes > _LARGE else _FEW_ROWS_OF_SMALL
+        return num_rows <= limit and few.supports(num_rows, *self.weight.shape, self.weight.dtype)
+
+    def multiply(self, x_tk: Tensor) -> Tensor:
+        return F.linear(x_tk, self.weight, self.bias)
+
+    def parts(self, x_tk: Tensor) -> Tensor:
+        """[p, t, n] float32, to be summed over p; or finished [t, n]."""
+        return few.linear_parts(x_tk, self.weight, self.bias)
+
+    def gated(self, x_tk: Tensor, activation: Activation) -> Tensor:
+        """activation(first half of n) * second half → [t, f]; without a bias."""
+        return few.linear_gated(x_tk, self.weight, activation)
+
+    def logits(self, x_tk: Tensor, out_tn: Tensor) -> None:
+        """Into float32 [t, n]."""
+        if self.is_deferred(x_tk.shape[0]):
+            few.linear_logits(x_tk, self.weight, out_tn)
+        else:
+            torch.mm(x_tk, self.weight.T, out_dtype=torch.float32, out=out_tn)
+
+
+@dataclass(slots=True)
+class Int4Linear:
+    """Matrices of 4 bits stacked by output rows."""
+
+    matrix: Int4Matrix
+    bias: Tensor | None  # [n]
+    columns: Tensor | None  # int32 [k]: stored column j is input feature columns[j]
+
+    @property
+    def out_features(self) -> int:
+        return self.matrix.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.matrix.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.matrix.units.numel()
+
+    def is_deferred(self, num_rows: int) -> bool:
+        """Whether `parts` and `gated` are the fastest, and allowed."""
+        if wide.supports(self.matrix.units.get_device()):
+            return num_rows <= _WIDE_ROWS
+        return num_rows <= MAX_TOKENS and few.supports(num_rows, *self.matrix.shape, torch.bfloat16, self.matrix.unit)
+
+    def multiply(self, x_tk: Tensor) -> Tensor:
+        """[t, n], by products of 16-bit weights."""
+        out = x_tk.new_empty((x_tk.shape[0], self.out_features))
+        self._multiply_unpacked(self._order(x_tk), out)
+        return out if self.bias is None else out.add_(self.bias)
+
+    def parts(self, x_tk: Tensor) -> Tensor:
+        """[p, t, n] float32, to be summed over p; or finished [t, n]."""
+        x_tk = self._order(x_tk)
+        if self._is_few(x_tk):
+            return few.linear_parts(x_tk, self.matrix, self.bias)
+        out = x_tk.new_empty((x_tk.shape[0], self.out_features))
+        wide.wide_linear(x_tk, self.matrix, self.bias, out)
+        return out
+
+    def gated(self, x_tk: Tensor, activation: Activation) -> Tensor:
+        """activation(first half of n) * second half → [t, f]; without a bias."""
+        x_tk = self._order(x_tk)
+        if self._is_few(x_tk):
+            return few.linear_gated(x_tk, self.matrix, activation)
+        out = x_tk.new_empty((x_tk.shape[0], self.out_features // 2))
+        wide.wide_gated(x_tk, self.matrix, activation, out)
+        return out
+
+    def logits(self, x_tk: Tensor, out_tn: Tensor) -> None:
+        """Into float32 [t, n]."""
+        x_tk = self._order(x_tk)
+        if not self.is_deferred(x_tk.shape[0]):
+            self._multiply_unpacked(x_tk, out_tn)
+        elif self._is_few(x_tk):
+            few.linear_logits(x_tk, self.matrix, out_tn)
+        else:
+            wide.wide_linear(x_tk, self.matrix, None, out_tn)
+
+    def _is_few(self, x_tk: Tensor) -> bool:
+        limit = _FEW_ROWS_OF_INT4 if wide.supports(x_tk.get_device()) else MAX_TOKENS
+        return x_tk.shape[0] <= limit
+
+    def _order(self, x_tk: Tensor) -> Tensor:
+        return x_tk if self.columns is None else x_tk.index_select(1, self.columns)
+
+    def _multiply_unpacked(self, x_tk: Tensor, out_tn: Tensor) -> None:
+        """Slice by slice: what a slice is unpacked to is multiplied while the cache has it."""
+        half, k = self.out_features // 2, self.in_features
+        num_tiles = self.matrix.units.shape[0]
+        step = max(1, _UNPACKED_BYTES // (16 * k * x_tk.element_size()))
+        scratch = x_tk.new_empty((2, 8 * min(step, num_tiles), k))
+        for tile in range(0, num_tiles, step):
+            units = self.matrix.units[tile : tile + step]
+            rows = 8 * units.shape[0]
+            unpack_int4(units, scratch[:, :rows])
+            for i in range(2):
+                weight, columns = scratch[i, :rows], out_tn[:, i * half + 8 * tile :][:, :rows]
+                if out_tn.dtype == x_tk.dtype:
+                    torch.mm(x_tk, weight.T, out=columns)
+                else:
+                    columns.copy_(torch.mm(x_tk, weight.T, out_dtype=out_tn.dtype))
+
+
+@dataclass(slots=True)
+class EightBitLinear:
+    """Matrices of 8 bits stacked by output rows. Beyond few rows, activations are rounded to 8 bits, too."""
+
+    matrix: EightBitMatrix
+    bias: Tensor | None  # [n]
+
+    @property
+    def out_features(self) -> int:
+        return self.matrix.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.matrix.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.matrix.codes.numel()
+
+    def is_deferred(self, num_rows: int) -> bool:
+        """Whether `parts` and `gated` are the fastest, and allowed."""
+        unit = self.matrix.unit
+        return num_rows <= _FEW_ROWS and few.supports(num_rows, *self.matrix.shape, torch.bfloat16, unit)
+
+    def multiply(self, x_tk: Tensor) -> Tensor:
+        """[t, n]"""
+        out = x_tk.new_empty((x_tk.shape[0], self.out_features))
+        self._multiply_rounded(x_tk, self.bias, out)
+        return out
+
+    def parts(self, x_tk: Tensor) -> Tensor:
+        """[p, t, n] float32, to be summed over p; or finished [t, n]."""
+        return few.linear_parts(x_tk, self.matrix, self.bias)
+
+    def gated(self, x_tk: Tensor, activation: Activation) -> Tensor:
+        """activation(first half of n) * second half → [t, f]; without a bias."""
+        return few.linear_gated(x_tk, self.matrix, activation)
+
+    def logits(self, x_tk: Tensor, out_tn: Tensor) -> None:
+        """Into float32 [t, n]."""
+        if self.is_deferred(x_tk.shape[0]):
+            few.linear_logits(x_tk, self.matrix, out_tn)
+        else:
+            self._multiply_rounded(x_tk, None, out_tn)
+
+    def _multiply_rounded(self, x_tk: Tensor, bias: Tensor | None, out_tn: Tensor) -> None:
+        codes, scales = self.matrix.codes, self.matrix.scales
+        x_codes, x_scales = round_rows(x_tk, codes.dtype)
+        if codes.dtype == torch.int8:
+            rows = max(x_tk.shape[0], _INT8_ROWS)
+            if rows > x_tk.shape[0]:
+                x_codes = F.pad(x_codes, (0, 0, 0, rows - x_tk.shape[0]))
+            sums = torch._int_mm(x_codes, codes.T)
+            scale_sums(sums[: x_tk.shape[0]], x_scales, scales, bias, out_tn)
+            return
+        product = torch._scaled_mm(x_codes, codes.T, x_scales, scales[None], out_dtype=torch.bfloat16)
+        out_tn.copy_(product)
+        if bias is not None:
+            out_tn.add_(bias)
+
+
+PackedLinear = DenseLinear | Int4Linear | EightBitLinear
+
+
+@dataclass(slots=True)
+class Deferred:
+    """A matrix product that its consumer computes."""
+
+    x_tk: Tensor
+    linear: PackedLinear
+
+    def parts(self) -> Tensor:
+        """[p, t, n] float32, to be summed over p; or finished [t, n]."""
+        return self.linear.parts(self.x_tk)

@@ -1,0 +1,217 @@
+"""Linear layers with weights of 4 bits over many rows: `kernels/wide.cu`, and what calls it.
+
+t  rows of x    n, k  out and in features    f = n / 2
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from turbolm.ops.cuda.compiler import KERNELS, compile_cubin, cuda_kernels_error
+from turbolm.ops.cuda.int4 import Int4Matrix
+from turbolm.ops.cuda.launch import Kernel, Launch
+from turbolm.ops.cuda.linear import ACTIVATIONS, gpu_of
+from turbolm.ops.cuda.plan import Gpu, Output, Unit
+
+_CAPABILITY = (9, 0)  # wgmma is of this architecture alone
+_ITEM_K = 128
+
+# Microseconds and bytes of one SM; rates are an H200's.
+_PRODUCT = 0.05  # 64 rows by 128 tokens by 16 k
+_UNPACK = 0.009  # 64 rows by 16 k
+_HBM = 34_500.0
+_L2 = 42_000.0
+_ONE_READER = 100_000.0  # what one CTA reads from L2
+
+
+class Arguments(ctypes.Structure):
+    """As the kernel declares it."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "w", "bias", "out", "partials", "flags")),
+        *((name, ctypes.c_int) for name in ("x_stride", "t", "n", "k", "token_tiles", "share", "share_extra")),
+        ("code_mask", ctypes.c_uint),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class WideTile:
+    """A variant of the kernel: 64 * warpgroups rows of w by `tokens` rows of x at once."""
+
+    tokens: int
+    warpgroups: int
+    stages: int  # buffers, of 128 k
+    fragments: int = 2  # products under way per warpgroup
+
+    @property
+    def num_threads(self) -> int:
+        return 128 * self.warpgroups
+
+    @property
+    def partial_bytes(self) -> int:
+        """Sums of a tile."""
+        return 64 * self.warpgroups * self.tokens * 4
+
+    def item_bytes(self, unit: Unit) -> int:
+        return self.tokens * _ITEM_K * 2 + 4 * self.warpgroups * unit.num_bytes
+
+    def shared_bytes(self, unit: Unit) -> int:
+        return self.stages * self.item_bytes(unit)
+
+
+TILES = (
+    *(WideTile(32, warpgroups, 6) for warpgroups in (4, 2)),
+    *(WideTile(64, warpgroups, 6) for warpgroups in (4, 2)),
+    *(WideTile(128, warpgroups, 4) for warpgroups in (4, 2)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WidePlan:
+    """One launch: `grid` CTAs that share the items of all tiles equally; the first shares may be one larger."""
+
+    tile: WideTile
+    grid: int
+    row_tiles: int
+    token_tiles: int
+    units: int  # items of a tile
+
+    @property
+    def num_items(self) -> int:
+        return self.row_tiles * self.token_tiles * self.units
+
+
+def estimate(plan: WidePlan, unit: Unit, num_rows: int, gpu: Gpu) -> float:
+    """Microseconds."""
+    tile = plan.tile
+    weights = num_rows // 16 * plan.units * unit.num_bytes
+    item = max(
+        8 * tile.warpgroups * tile.tokens / 128 * _PRODUCT,
+        8 * tile.warpgroups * _UNPACK,
+        tile.item_bytes(unit) / _L2,
+    )
+    share = -(-plan.num_items // plan.grid)
+    others = min(plan.grid - 1, -(-plan.units // max(1, plan.num_items // plan.grid)))  # that have part of a tile
+    if plan.units % share == 0:
+        others = plan.units // share - 1
+    return max(share * item, weights / (_HBM * gpu.num_sms)) + others * tile.partial_bytes / _ONE_READER
+
+
+@functools.cache
+def plan_wide(num_tokens: int, n: int, k: int, unit: Unit, gpu: Gpu) -> WidePlan:
+    """The best layout for x [num_tokens, k] and w [n, k]."""
+    plans = []
+    largest = max(tile.tokens for tile in TILES)
+    tokens = next((tile.tokens for tile in TILES if tile.tokens >= num_tokens), largest)
+    for tile in (tile for tile in TILES if tile.tokens == tokens):
+        row_tiles, token_tiles = -(-n // (64 * tile.warpgroups)), -(-num_tokens // tokens)
+        num_items = row_tiles * token_tiles * (k // _ITEM_K)
+        for grid in {min(gpu.num_sms, num_items), min(gpu.num_sms, row_tiles * token_tiles)}:
+            plans.append(WidePlan(tile, grid, row_tiles, token_tiles, k // _ITEM_K))
+    fitting = [plan for plan in plans if plan.tile.shared_bytes(unit) <= gpu.shared_per_cta]
+    return min(fitting, key=lambda plan: estimate(plan, unit, n, gpu))
+
+
+@functools.cache
+def supports(device_index: int) -> bool:
+    """Whether the device has the instructions."""
+    return cuda_kernels_error() is None and torch.cuda.get_device_capability(device_index) == _CAPABILITY
+
+
+@functools.cache
+def scratch(device_index: int) -> tuple[Tensor, Tensor]:
+    """What CTAs leave each other: (sums, flags), for any launch. Launches on one device follow each other."""
+    num_sms, device = gpu_of(device_index).num_sms, torch.device("cuda", device_index)
+    sums = torch.empty(num_sms * max(tile.partial_bytes for tile in TILES), dtype=torch.uint8, device=device)
+    return sums, torch.zeros(num_sms, dtype=torch.int32, device=device)
+
+
+def wide_linear(x_tk: Tensor, weight: Int4Matrix, bias_n: Tensor | None, out_tn: Tensor) -> None:
+    """x @ weight.T + bias into `out_tn`, in the dtype of x or float32."""
+    output = Output.FLOATS if out_tn.dtype == torch.float32 else Output.ELEMENTS
+    _run(x_tk, weight, bias_n, out_tn, output, "silu")
+
+
+def wide_gated(
+    x_tk: Tensor, weight: Int4Matrix, activation: Literal["silu", "gelu", "gelu_tanh"], out_tf: Tensor
+) -> None:
+    """activation(x @ first half of weight.T) * (x @ second half of weight.T) into `out_tf`."""
+    _run(x_tk, weight, None, out_tf, Output.GATED, activation)
+
+
+def _run(x: Tensor, weight: Int4Matrix, bias: Tensor | None, out: Tensor, output: Output, activation: str) -> None:
+    plan = plan_wide(x.shape[0], *weight.shape, weight.unit, gpu_of(x.get_device()))
+    run(plan, output, x, weight, bias, out, activation)
+
+
+def run(
+    plan: WidePlan,
+    output: Output,
+    x_tk: Tensor,
+    weight: Int4Matrix,
+    bias_n: Tensor | None,
+    out: Tensor,
+    activation: str = "silu",
+    *,
+    overlap: bool = True,
+) -> None:
+    """Launches a plan. weight, bias, out: contiguous; weight constant, as it may be read while earlier kernels run."""
+    if x_tk.stride(1) != 1 or x_tk.stride(0) % 8 or x_tk.data_ptr() % 16:
+        x_tk = x_tk.contiguous()
+    assert out.is_contiguous() and x_tk.shape[1] == weight.shape[1]
+    assert bias_n is None or bias_n.dtype == x_tk.dtype
+    device_index = x_tk.get_device()
+    number = ACTIVATIONS[activation] if output is Output.GATED else 0
+    launch = _launch(plan, weight.unit, output, number, x_tk.dtype, device_index, overlap)
+    arguments = launch.arguments
+    arguments.x, arguments.w, arguments.out = x_tk.data_ptr(), weight.units.data_ptr(), out.data_ptr()
+    arguments.bias = None if bias_n is None else bias_n.data_ptr()
+    arguments.x_stride, arguments.t = x_tk.stride(0), x_tk.shape[0]
+    arguments.n, arguments.k = weight.shape
+    launch(device_index)
+
+
+@functools.cache
+def _launch(
+    plan: WidePlan, unit: Unit, output: Output, activation: int, dtype: torch.dtype, device_index: int, overlap: bool
+) -> Launch:
+    arguments = plan_arguments(plan)
+    sums, flags = scratch(device_index)
+    arguments.partials, arguments.flags = sums.data_ptr(), flags.data_ptr()
+    kernel = _kernel(plan.tile, unit, output, activation, dtype, device_index)
+    shared_bytes = plan.tile.shared_bytes(unit)
+    return Launch(kernel, (plan.grid, 1), plan.tile.num_threads, shared_bytes, arguments, overlap=overlap)
+
+
+@functools.cache
+def _kernel(
+    tile: WideTile, unit: Unit, output: Output, activation: int, dtype: torch.dtype, device_index: int
+) -> Kernel:
+    cubin = compile_cubin(KERNELS / "wide.cu", kernel_defines(tile, unit, output, activation, dtype), "sm_90a")
+    return Kernel(cubin, "wide", device_index, gpu_of(device_index).shared_per_cta)
+
+
+def kernel_defines(tile: WideTile, unit: Unit, output: Output, activation: int, dtype: torch.dtype) -> dict[str, int]:
+    """The macros that make a variant of the kernel. activation: its number, for Output.GATED."""
+    return {
+        "ELEMENT_FP16": int(dtype == torch.float16),
+        "TOKENS": tile.tokens,
+        "WARPGROUPS": tile.warpgroups,
+        "STAGES": tile.stages,
+        "FRAGMENTS": tile.fragments,
+        "OUTPUT": int(output),
+        "ACTIVATION": activation,
+        "GROUPS": unit.groups,
+    }
+
+
+def plan_arguments(plan: WidePlan) -> Arguments:
+    """The arguments that a plan settles."""
+    share, share_extra = divmod(plan.num_items, plan.grid)
+    return Arguments(token_tiles=plan.token_tiles, share=share, share_extra=share_extra, code_mask=0x000F000F)

@@ -3,7 +3,8 @@
     python benchmarks/gpu_int4.py --out results.json [--rows 1 16 64 256] [--variants 1 64]
 
 The layers of a Llama-2-7B shape, group 128. Times are of CUDA graphs; those of a step go through 32 layers of
-different weights, those of one product through copies that exceed the L2 cache together.
+different weights, those of one product through copies that exceed the L2 cache together. A kernel runs "alone" (each
+CTA has an SM), "shared" (two fit an SM) or "apart" (it starts when the one before has ended).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,8 @@ from turbolm.ops.cuda import linear, weights, wide
 from turbolm.ops.cuda.compiler import KERNELS, compile_cubin, cuda_kernels_error
 from turbolm.ops.cuda.eight_bit import EightBitMatrix
 from turbolm.ops.cuda.int4 import Int4Matrix, pack
-from turbolm.ops.cuda.plan import INT4, Output, Plan, Tile, Unit, estimate, plan_linear, tiles_of
+from turbolm.ops.cuda.linear import Matrix
+from turbolm.ops.cuda.plan import DENSE, INT4, INT8, Output, Plan, Tile, Unit, estimate, plan_linear, tiles_of
 from turbolm.ops.cuda.weights import DenseLinear, EightBitLinear, Int4Linear
 from turbolm.ops.cuda.wide import WidePlan, WideTile
 from turbolm.quant.int4 import int4
@@ -115,25 +117,36 @@ def check_paths(rows: list[int]) -> list[dict[str, Any]]:
     return found
 
 
-def ring_plans(t: int, n: int, k: int, output: Output) -> Iterator[Plan]:
-    """The best by estimate of every tile and number of CTAs."""
+def planned(t: int, n: int, k: int, output: Output, unit: Unit = UNIT) -> Plan:
+    plan = plan_linear(t, n, k, output, linear.gpu_of(0), unit)
+    assert plan is not None
+    return plan
+
+
+def ring_plans(t: int, n: int, k: int, output: Output, unit: Unit) -> Iterator[Plan]:
+    """The chosen one, then the best by estimate of every tile and number of CTAs."""
     gpu = linear.gpu_of(0)
-    chosen = plan_linear(t, n, k, output, gpu, UNIT)
-    assert chosen is not None
+    chosen = planned(t, n, k, output, unit)
     yield chosen
-    for size in (0, 128 << 10):
-        yield replace(chosen, prefetch_bytes=size)
-    for tile in (tile for tile in tiles_of(UNIT) if tile.tokens == chosen.tile.tokens):
+    for tile in (tile for tile in tiles_of(unit) if tile.tokens == chosen.tile.tokens):
         plans = []
         for splits in range(1, 9 if output is Output.PARTS else 2):
             cta_tiles = -(-chosen.num_tiles // min(chosen.num_tiles, gpu.num_sms // splits))
+            groups = -(-chosen.num_tiles // cta_tiles)
             for resident in (True, False):
-                plan = Plan(tile, -(-chosen.num_tiles // cta_tiles), splits, chosen.num_tiles, k // 128, resident)
+                plan = Plan(tile, groups, splits, chosen.num_tiles, chosen.num_units, resident)
                 usable = resident or plan.cta_units > 3 * tile.slice_units
-                if usable and plan.shared_bytes <= gpu.shared_per_cta and plan != chosen:
+                if usable and plan.shared_bytes <= gpu.shared_per_cta and plan != replace(chosen, alone=False):
                     plans.append(plan)
         plans.sort(key=lambda plan: estimate(plan, output, gpu))
         yield from plans[: 3 if output is Output.PARTS else 1]
+
+
+def fewer_warps(t: int, n: int, k: int, output: Output) -> Plan:
+    """The best by estimate of 8 warps."""
+    gpu = linear.gpu_of(0)
+    plans = [plan for plan in ring_plans(t, n, k, output, UNIT) if plan.tile.num_threads <= 256]
+    return replace(min(plans, key=lambda plan: estimate(plan, output, gpu)), alone=True)
 
 
 def wide_plans(t: int, n: int, k: int) -> Iterator[WidePlan]:
@@ -149,7 +162,7 @@ def wide_plans(t: int, n: int, k: int) -> Iterator[WidePlan]:
             yield WidePlan(tile, grid, row_tiles, token_tiles, k // 128)
 
 
-def run_ring(plan: Plan, output: Output, x: Tensor, matrix: Int4Matrix, out: dict[Any, Tensor], overlap: bool) -> None:
+def run_ring(plan: Plan, output: Output, x: Tensor, matrix: Matrix, out: dict[Any, Tensor], overlap: bool) -> None:
     t, n = x.shape[0], matrix.shape[0]
     if output is Output.PARTS and plan.splits == 1:
         output = Output.ELEMENTS
@@ -159,7 +172,7 @@ def run_ring(plan: Plan, output: Output, x: Tensor, matrix: Int4Matrix, out: dic
     linear.run(plan, output, x, matrix, None, out[shape], overlap=overlap)
 
 
-def time_variants(name: str, t: int, matrices: list[Int4Matrix]) -> dict[str, Any]:
+def time_variants(name: str, t: int, matrices: Sequence[Matrix], unit: Unit) -> dict[str, Any]:
     """Every variant of the kernels on one shape."""
     n, k = SHAPES[name]
     output = Output.GATED if name == "gate_up" else Output.PARTS
@@ -168,34 +181,43 @@ def time_variants(name: str, t: int, matrices: list[Int4Matrix]) -> dict[str, An
     kind = Output.GATED if output is Output.GATED else Output.ELEMENTS
     times, chosen = [], set()
 
-    def measure(label: str, work: Callable[[Int4Matrix], Any]) -> None:
+    def measure(label: str, work: Callable[[Any], Any]) -> None:
         times.append((microseconds(lambda: [work(m) for m in matrices] and None, len(matrices)), label))
 
     if t <= 64:
-        for i, ring in enumerate(ring_plans(t, n, k, output)):
-            label = describe_ring(ring)
-            measure(label, lambda m, p=ring: run_ring(p, output, x, m, out, overlap=True))
-            measure(label + " apart", lambda m, p=ring: run_ring(p, output, x, m, out, overlap=False))
-            chosen |= {label} if i == 0 else set()
-    if t >= 8:
+        for i, ring in enumerate(ring_plans(t, n, k, output, unit)):
+            for mode in ("alone", "shared", "apart"):
+                plan = replace(ring, alone=mode == "alone")
+                if mode == "alone" or plan.shares_sm(linear.gpu_of(0)):
+                    label = f"{describe_ring(plan)} {mode}"
+                    measure(label, lambda m, p=plan, o=mode != "apart": run_ring(p, output, x, m, out, overlap=o))
+                    chosen |= {label} if i == 0 else set()
+    if unit.groups:
         for i, plan in enumerate(wide_plans(t, n, k)):
             measure(describe_wide(plan), lambda m, p=plan: wide.run(p, kind, x, m, None, result))
             chosen |= {describe_wide(plan)} if i == 0 else set()
-    num_bytes, flops = matrices[0].units.numel(), 2 * t * n * k
-    print(f"{name} t={t}: floor {max(num_bytes / 4.55e6, flops / 689e6):.1f} us")
+    num_bytes, flops = n * k * unit.num_bytes // (16 * unit.k), 2 * t * n * k
+    weights_of = {INT8: "int8 ", DENSE: "bf16 "}.get(unit, "")
+    print(f"{weights_of}{name} t={t}: floor {max(num_bytes / 4.55e6, flops / 689e6):.1f} us")
     for i, (duration, label) in enumerate(sorted(times)):
         if i < 6 or label in chosen:
             rates = f"{num_bytes / duration / 1e6:5.2f} TB/s {flops / duration / 1e6:4.0f} TFLOP/s"
             print(f"   {duration:7.2f} us {rates} {label}{'  <- chosen' if label in chosen else ''}")
     print(end="", flush=True)
-    return {"layer": name, "t": t, "times": sorted(times)}
+    return {"layer": name, "t": t, "unit": unit.num_bytes, "times": sorted(times)}
 
 
 def time_shapes(rows: list[int]) -> list[dict[str, Any]]:
     found = []
     for name, (n, k) in SHAPES.items():
-        matrices = [any_matrix(n, k) for _ in range(max(2, -(-ROTATION // (n * k * 17 // 32))))]
-        found += [time_variants(name, t, matrices) for t in rows]
+        for unit, make_matrix in (
+            (UNIT, any_matrix),
+            (INT8, lambda n, k: eight_bit_linear(n, k, torch.int8).matrix),
+            (DENSE, lambda n, k: make(n, k, scale=0.02)),
+        ):
+            num_bytes = n * k * unit.num_bytes // (16 * unit.k)
+            matrices = [make_matrix(n, k) for _ in range(max(2, -(-ROTATION // num_bytes)))]
+            found += [time_variants(name, t, matrices, unit) for t in (rows if unit is UNIT else (1, 8))]
     return found
 
 
@@ -224,17 +246,18 @@ def compile_all(rows: list[int]) -> None:
             architecture = "sm_{}{}".format(*torch.cuda.get_device_capability())
             jobs.add(("linear.cu", tuple(linear.kernel_defines(tile, output, 0, dtype).items()), architecture))
 
-    for tile, output in itertools.product(tiles_of(UNIT), ring_outputs):
-        add(tile, UNIT, output, torch.bfloat16)
+    for unit, output in itertools.product((UNIT, INT8, DENSE), ring_outputs):
+        for tile in tiles_of(unit):
+            if unit is UNIT or tile.tokens <= 16:
+                add(tile, unit, output, torch.bfloat16)
     for wide_tile, output in itertools.product({*WIDE_TILES, *wide.TILES}, (Output.ELEMENTS, Output.GATED)):
         add(wide_tile, UNIT, output, torch.bfloat16)
     for (n, k), unit, t in itertools.product(SHAPES.values(), INT4.values(), rows):
         for output in (*ring_outputs, Output.FLOATS):
-            planned = Output.PARTS if output is Output.ELEMENTS else output
-            plan = plan_linear(t, n, k, planned, linear.gpu_of(0), unit)
-            if plan is not None and t <= 16:
+            if t <= 16:
+                plan = planned(t, n, k, Output.PARTS if output is Output.ELEMENTS else output, unit)
                 add(plan.tile, unit, output, dtype_of(t))
-            if t > 16 and output is not Output.PARTS:
+            if output is not Output.PARTS:
                 add(wide.plan_wide(t, n, k, unit, linear.gpu_of(0)).tile, unit, output, dtype_of(t))
     started = time.perf_counter()
     with ThreadPoolExecutor(16) as pool:
@@ -247,14 +270,22 @@ def dtype_of(t: int) -> torch.dtype:
     return torch.float16 if t in (2, 32) else torch.bfloat16
 
 
-def ring_layer(x: dict[str, Tensor], layer: dict[str, Int4Linear], prefetch: int, overlap: bool | None) -> None:
-    for name, product in layer.items():
-        (n, k), t = SHAPES[name], x[name].shape[0]
+def ring_layer(x: dict[str, Tensor], layer: dict[str, Matrix], plans: dict[str, Plan], overlap: bool | None) -> None:
+    for name, matrix in layer.items():
         output = Output.GATED if name == "gate_up" else Output.PARTS
-        plan = plan_linear(t, n, k, output, linear.gpu_of(0), UNIT)
-        assert plan is not None
-        plan = replace(plan, prefetch_bytes=prefetch)
-        run_ring(plan, output, x[name], product.matrix, {}, plan.is_fast_beside_others if overlap is None else overlap)
+        plan = plans[name]
+        run_ring(plan, output, x[name], matrix, {}, plan.is_fast_beside_others if overlap is None else overlap)
+
+
+def plans_of(t: int, plan: Callable[..., Plan], *unit: Unit) -> dict[str, Plan]:
+    return {
+        name: plan(t, n, k, Output.GATED if name == "gate_up" else Output.PARTS, *unit)
+        for name, (n, k) in SHAPES.items()
+    }
+
+
+def matrices_of(layer: dict[str, Int4Linear]) -> dict[str, Matrix]:
+    return {name: product.matrix for name, product in layer.items()}
 
 
 def wide_layer(x: dict[str, Tensor], layer: dict[str, Int4Linear]) -> None:
@@ -298,23 +329,29 @@ def time_step(
     def measure(label: str, work: Callable[[dict[str, Int4Linear]], None]) -> None:
         row[label] = microseconds(lambda: [work(layer) for layer in layers] and None, len(layers)) * LAYERS / 1e3
 
-    if t <= 64:
-        for label, prefetch, overlap in (
-            ("ring", 64, None),
-            ("ring pf0", 0, None),
-            ("ring pf128", 128, None),
-            ("ring overlap", 64, True),
-            ("ring apart", 64, False),
+    if t <= 32:
+        chosen, small = plans_of(t, planned), plans_of(t, fewer_warps)
+        for label, plans, overlap in (
+            ("ring", chosen, None),
+            ("ring shared", {name: replace(plan, alone=False) for name, plan in chosen.items()}, True),
+            ("ring apart", chosen, False),
+            ("ring 8 warps", small, True),
         ):
-            measure(label, lambda layer, p=prefetch << 10, o=overlap: ring_layer(x, layer, p, o))
-    if t >= 8:
-        measure("wide", lambda layer: wide_layer(x, layer))
-    if t >= 256:
-        for megabytes in (16, 32, 64, 256):
+            work = lambda layer, p=plans, o=overlap: ring_layer(x, matrices_of(layer), p, o)  # noqa: E731
+            measure(label, work)
+    measure("wide", lambda layer: wide_layer(x, layer))
+    if t >= 512:
+        for megabytes in (64, 256):
             measure(f"unpack {megabytes}M", lambda layer, b=megabytes << 20: unpack_layer(x, layer, b))
     best = min(value for label, value in row.items() if label != "t")
     products = lambda: [F.linear(x[name], w) for layer in dense for name, w in layer.items()] and None  # noqa: E731
     row["bf16"] = microseconds(products, len(dense)) * LAYERS / 1e3
+    if t <= 16:
+        chosen = plans_of(t, planned, DENSE)
+        alone = {name: replace(plan, alone=True) for name, plan in chosen.items()}
+        for label, plans, overlap in (("", chosen, None), (" alone", alone, True), (" apart", chosen, False)):
+            products = lambda p=plans, o=overlap: [ring_layer(x, layer, p, o) for layer in dense] and None  # noqa: E731
+            row[f"bf16 ring{label}"] = microseconds(products, len(dense)) * LAYERS / 1e3
     logits, hidden = torch.empty(t, HEAD[0], device="cuda"), make(t, HEAD[1])
     row["head"] = microseconds(lambda: [h.logits(hidden, logits) for h in head] and None, len(head)) / 1e3
     floor = max(num_bytes / 4.55e9, 2 * sum(n * k for n, k in SHAPES.values()) * LAYERS * t / 689e9)
@@ -365,9 +402,11 @@ def time_eight_bit_step(layers: list[dict[str, EightBitLinear]], t: int) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="a JSON file for the results")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048])
     parser.add_argument(
-        "--variants", type=int, nargs="+", default=[1, 8, 16, 32, 64, 128, 256], help="rows to try all of"
+        "--rows", type=int, nargs="+", default=[1, 2, 4, 8, 12, 16, 32, 64, 128, 256, 512, 768, 1024, 2048]
+    )
+    parser.add_argument(
+        "--variants", type=int, nargs="+", default=[1, 4, 8, 16, 32, 64, 128, 256], help="rows to try all of"
     )
     options = parser.parse_args()
     error = cuda_kernels_error()
@@ -380,7 +419,7 @@ def main() -> None:
     sections: dict[str, Callable[[], Any]] = {
         "checks": lambda: check_paths(checked),
         "steps": lambda: time_steps(options.rows),
-        "eight bits": lambda: time_eight_bits([1, 16, 17, 64, 256, 2048]),
+        "eight bits": lambda: time_eight_bits([1, 4, 8, 16, 17, 64, 256, 2048]),
         "variants": lambda: time_shapes(options.variants),
     }
     for name, section in sections.items():

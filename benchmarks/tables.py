@@ -102,6 +102,8 @@ def digits(value: float) -> str:
 
 def gpu_comparison(model: str, language: str) -> str:
     """turbolm on a GPU beside the best of the other engines and the hardware's limit, from gpu_throughput.py."""
+    if not has_result(f"gpu_{model}"):
+        return "Not measured yet."
     record, words = result(f"gpu_{model}"), WORDS[language]
     heads = (words["row"], "", "turbolm", words["peer"], words["ratio"], words["limit"])
     lines = [f"| {' | '.join(heads)} |", "|---|---|---:|---:|---:|---:|"]
@@ -113,8 +115,10 @@ def gpu_comparison(model: str, language: str) -> str:
         limit = f"{row['floor_seconds'] / row['seconds']:.0%}"
         lines.append(f"| {row['name']} | {row['unit']} | {digits(row['figure'])} | {peer} | {ratio} | {limit} |")
     machine = record["machine"]
-    device = machine["gpus"][0] if machine["gpus"] else machine["cpu"]
-    about = f"{record['model']}, {record['config']['dtype']}, {words['on']} {device}, {machine['date'][:10]}"
+    gpus = machine["gpus"]
+    device = machine["cpu"] if not gpus else gpus[0] if len(gpus) == 1 else f"{len(gpus)} {gpus[0]}"
+    options = [record.get("model", model.split("_", maxsplit=1)[0]), *record["flags"].get("option", ())]
+    about = f"{', '.join(options)}, {words['on']} {device}, {machine['date'][:10]}"
     return "\n".join([*lines, "", f"<sub>{about}</sub>"])
 
 
@@ -150,13 +154,14 @@ def quality(name: str) -> str:
 
 
 GPU_MODELS = ("llama-3-8b", "llama-2-7b-awq", "qwen3-0.6b")
+GPU_VARIANTS = ("llama-3-8b_2_gpus", "llama-3-8b_kv_int8", "llama-3-8b_kv_int4")
 TABLES = {
     **{f"quality-{name}": lambda _, name=name: quality(f"quality_{name}") for name in ("smollm2", "qwen2_5_coder")},
     "llamacpp": lambda _: against_llamacpp(),
     "cpu-context": lambda _: cpu_context(),
     "cpu-start": lambda _: cpu_start(),
     "transformers": lambda language: comparison("vs_transformers", "transformers", language),
-    **{f"gpu-{model}": functools.partial(gpu_comparison, model) for model in GPU_MODELS},
+    **{f"gpu-{name}": functools.partial(gpu_comparison, name) for name in (*GPU_MODELS, *GPU_VARIANTS)},
     **{f"gpu-peers-{model}": lambda _, model=model: gpu_peers(model) for model in GPU_MODELS},
 }
 

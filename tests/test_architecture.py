@@ -10,31 +10,34 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "turbolm"
 LEVELS = (
-    {"errors", "env", "types", "config", "weights", "fields", "kv"},
+    {"errors", "env", "types", "config", "weights", "fields", "kv", "memory"},
     {"text", "ops", "hub", "parallel"},
-    {"quant", "cache"},
+    {"quant", "cache", "grammar"},
     {"layers"},
     {"models"},
     {"engine", "compress"},
     {"loading", "stream", "delivery", "worker", "llm", "answer", "remote"},
     {"lmdeploy", "server", "ui", "bench", "eval", "cluster"},
-    {"ladder"},
+    {"ladder", "planner"},
     {"cli"},
     {"__init__", "__main__"},
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 PEERS = (  # may import each other
     {"loading", "stream", "delivery", "worker", "llm"},
-    {"errors", "env", "types", "config", "weights", "kv"},
+    {"errors", "env", "types", "config", "weights", "kv", "memory"},
 )
 CUDA_ALLOWED = ("ops/", "parallel/", "engine/graph.py", "engine/device_runner.py", "engine/step_device.py")
 # Optional packages, and those that take long to load and are not always needed, are imported where they are used.
-OPTIONAL = {"modelscope", "huggingface_hub", "matplotlib", "datasets", "sacrebleu", "rouge_score", "lm_eval"}
+OPTIONAL = {
+    "modelscope", "huggingface_hub", "matplotlib", "datasets", "sacrebleu", "rouge_score", "lm_eval", "llguidance",
+}  # fmt: skip
 LATE = {
     "cli/chat.py": {"turbolm.llm", "turbolm.remote", "turbolm.cli.terminal"},
     "cli/quantize.py": {"turbolm.compress.job"},
     "cli/eval.py": {"turbolm.bench.record", "turbolm.eval.run"},
     "cli/ladder.py": {"turbolm.ladder.run"},
+    "cli/plan.py": {"turbolm.planner.run"},
     "cli/serve.py": {"turbolm.server.run"},
     "cli/ui.py": {"turbolm.llm", "turbolm.ui.app", "turbolm.ui.chat"},
     "llm.py": {"turbolm.loading"},

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from turbolm.config import EngineConfig, Gpu, Hardware, ModelNeeds, format_size, parse_size, resolve
+from turbolm.config import EngineConfig, Gpu, Hardware, format_size, parse_size, resolve
 from turbolm.errors import CapacityError, ConfigError
 from turbolm.kv import KvFormat, KvShape
+from turbolm.memory import ModelNeeds
 
 GIB = 1 << 30
 LAPTOP = Hardware("CPU", "x86_64", 4, ("avx2",), 16 * GIB, 8 * GIB, native="avx2")

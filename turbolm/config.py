@@ -11,6 +11,7 @@ from typing import Literal
 
 from turbolm.errors import CapacityError, ConfigError, nearest
 from turbolm.kv import KvFormat, KvKind, KvShape, bytes_per_token, parse_kinds, parse_layers, resolve_format
+from turbolm.memory import ModelNeeds, weight_bytes, working_memory
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -138,22 +139,6 @@ class Hardware:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelNeeds:
-    """What `resolve` has to know of a model: read from headers, before any weight is loaded."""
-
-    name: str
-    max_context: int  # what it was trained for
-    packed_bytes: int  # weights as they lie in the file
-    num_parameters: int
-    kv_layers: tuple[KvShape, ...]  # what each layer keeps of a token
-    num_logits: int  # vocabulary
-    activation_elements: int = 0  # per token of a step, where a layer holds the most
-    layer_parameters: int = 0  # those of `num_parameters` that are in matrices of layers
-    packed: tuple[str, ...] = ()  # formats of the layers' matrices, where these are quantized
-    has_column_order: bool = False  # quantized in an order of columns, for which the CPU has no kernels
-
-
-@dataclass(frozen=True, slots=True)
 class ResolvedConfig:
     """EngineConfig with every "auto" decided; `reasons` says how."""
 
@@ -184,17 +169,12 @@ class ResolvedConfig:
         return self.num_blocks * self.block_size
 
 
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-#: Bytes per weight of the layers, as kernels keep them: on the CPU in blocks of 32.
-_FORMAT_BYTES = {
-    "cpu": {"int4": 20 / 32, "int8": 34 / 32, "fp8": 34 / 32},
-    "cuda": {"int4": 17 / 32, "int8": 1.0, "fp8": 1.0},  # int4: 32 bits per group of 128
-}
+#: Tokens per KV block, where nobody says otherwise.
+BLOCK_SIZES = {"cpu": 16, "cuda": 64}
+#: Of the memory beside the weights, what the KV cache takes at most.
+KV_SHARE = 0.9
 _CPU_POOL_CONTEXTS = 4  # the automatic KV cache holds this many contexts of full length
-_POOL_SHARE = 0.3  # and at most this part of the memory that the weights leave
-_RESERVE = 300 << 20  # bytes for everything but weights and KV cache
-_GRAPHS = 1 << 30  # bytes for CUDA graphs and the workspaces of libraries
-_COMMUNICATION = 1 << 30  # bytes for what several processes take to work together, on each GPU
+_CPU_KV_SHARE = 0.3  # and at most this part of the memory that the weights leave
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,28 +252,25 @@ def resolve(config: EngineConfig, model: ModelNeeds, hardware: Hardware) -> Reso
     on_cpu = backend.device == "cpu"
     if config.max_context > model.max_context:
         reasons.append(f"max_context {config.max_context}: beyond the {model.max_context} that the model was made for")
-    weight_bytes = _weight_bytes(config, model, backend, reasons)
-    max_batch_size = config.max_batch_size or (32 if on_cpu else 1024)
-    max_batch_tokens = max(config.max_batch_tokens or (512 if on_cpu else 8192), max_batch_size)
-    max_logit_rows = max(max_batch_size, 64)
+    _check_weights(config, model, reasons)
+    weights = weight_bytes(model, backend.device, backend.dtype, unpack=backend.unpack, rounded=config.weights)
+    max_batch_size, max_batch_tokens, max_logit_rows = step_limits(config, backend.device)
     _check_tensor_parallel(config, backend, hardware, reasons)
     free = hardware.free_memory
     if not on_cpu:
         free = min(gpu.free_memory for gpu in hardware.gpus[: config.tensor_parallel])
-    working = _RESERVE + max_logit_rows * model.num_logits * 4
-    if not on_cpu:
-        working += _GRAPHS + max_batch_tokens * model.activation_elements * _ITEM_BYTES[backend.dtype]
-        working += _COMMUNICATION if config.tensor_parallel > 1 else 0
-    left = free - weight_bytes - working
+    size = config.tensor_parallel
+    working = working_memory(model, backend.device, backend.dtype, max_batch_tokens, max_logit_rows, size).total
+    left = free - weights - working
     if left <= 0:
         raise CapacityError(
-            f"'{model.name}' needs {format_size(weight_bytes)} for its weights and {format_size(working)} of working "
+            f"'{model.name}' needs {format_size(weights)} for its weights and {format_size(working)} of working "
             f"memory; {format_size(free)} are free on {backend.device}. Use a smaller or a quantized model"
             + (", or dtype 'auto'" if config.dtype != "auto" else "")
         )
     kv = resolve_kv(config, model.kv_layers, backend, hardware, reasons)
     kv_bytes = bytes_per_token(model.kv_layers, kv)
-    block_size = config.block_size or (16 if on_cpu else 64)
+    block_size = config.block_size or BLOCK_SIZES[backend.device]
     pool_tokens = _pool_tokens(config, model, kv_bytes, left, block_size, max_batch_size, on_cpu, reasons)
     max_context = _max_context(config, model, pool_tokens, kv_bytes, reasons)
     return ResolvedConfig(
@@ -311,13 +288,21 @@ def resolve(config: EngineConfig, model: ModelNeeds, hardware: Hardware) -> Reso
         max_waiting=config.max_waiting,
         block_size=block_size,
         num_blocks=pool_tokens // block_size,
-        weight_bytes=weight_bytes,
+        weight_bytes=weights,
         kv_bytes_per_token=kv_bytes,
         prefix_cache=config.prefix_cache,
         speculation=_speculation(config, backend, reasons),
         tensor_parallel=config.tensor_parallel,
         reasons=tuple(reasons),
     )
+
+
+def step_limits(config: EngineConfig, device: str) -> tuple[int, int, int]:
+    """The largest step: sequences, tokens, rows of logits."""
+    on_cpu = device == "cpu"
+    max_batch_size = config.max_batch_size or (32 if on_cpu else 1024)
+    max_batch_tokens = max(config.max_batch_tokens or (512 if on_cpu else 8192), max_batch_size)
+    return max_batch_size, max_batch_tokens, max(max_batch_size, 64)
 
 
 def _check_tensor_parallel(config: EngineConfig, backend: Backend, hardware: Hardware, reasons: list[str]) -> None:
@@ -359,39 +344,16 @@ def resolve_kv(
     return kv
 
 
-def _weight_bytes(config: EngineConfig, model: ModelNeeds, backend: Backend, reasons: list[str]) -> int:
-    """Memory of the weights as the backend keeps them. Raises ConfigError for rounding what is rounded already."""
-    if config.weights != "auto":
-        if model.packed:
-            raise ConfigError(
-                f"weights is '{config.weights}', but '{model.name}' is quantized already ({', '.join(model.packed)}); "
-                "use weights 'auto', or give the unquantized model"
-            )
-        reasons.append(f"weights {config.weights}: rounded at load to the nearest, without calibration")
-    if backend.unpack:
-        return model.num_parameters * _ITEM_BYTES[backend.dtype]
-    if backend.device == "cuda":
-        return _gpu_weight_bytes(config, model, _ITEM_BYTES[backend.dtype])
-    rates = _FORMAT_BYTES[backend.device]
-    formats = [name for name in (model.packed if config.weights == "auto" else (config.weights,)) if name in rates]
-    if not formats:
-        return model.packed_bytes
-    rate = 2.0 if model.has_column_order else max(rates[name] for name in formats)
-    return int(model.layer_parameters * rate) + (model.num_parameters - model.layer_parameters) * 2
-
-
-def _gpu_weight_bytes(config: EngineConfig, model: ModelNeeds, item_bytes: int) -> int:
-    """Formats without kernels are unpacked, and fp8 in files, which may have blocks, is counted as if it were. int4
-    has 32 bits per group, where files have 16 to 20."""
-    rest = (model.num_parameters - model.layer_parameters) * item_bytes
-    if config.weights != "auto":
-        return int(model.layer_parameters * _FORMAT_BYTES["cuda"][config.weights]) + rest
-    if not model.packed or not set(model.packed) <= {"int4", "int8"}:
-        return model.num_parameters * item_bytes
-    if "int8" in model.packed:
-        return model.layer_parameters + rest
-    codes = model.layer_parameters // 2
-    return rest + codes + 2 * max(0, model.packed_bytes - rest - codes)
+def _check_weights(config: EngineConfig, model: ModelNeeds, reasons: list[str]) -> None:
+    """Raises ConfigError for rounding what is rounded already."""
+    if config.weights == "auto":
+        return
+    if model.packed:
+        raise ConfigError(
+            f"weights is '{config.weights}', but '{model.name}' is quantized already ({', '.join(model.packed)}); "
+            "use weights 'auto', or give the unquantized model"
+        )
+    reasons.append(f"weights {config.weights}: rounded at load to the nearest, without calibration")
 
 
 def _speculation(config: EngineConfig, backend: Backend, reasons: list[str]) -> bool:
@@ -425,7 +387,7 @@ def _pool_tokens(
             )
         return given // (kv_bytes * size) * size
     wanted = longest * (min(max_batch_size, _CPU_POOL_CONTEXTS) if on_cpu else max_batch_size)
-    share = left * (_POOL_SHARE if on_cpu else 0.9)
+    share = left * (_CPU_KV_SHARE if on_cpu else KV_SHARE)
     tokens = -(-min(wanted, max(int(share) // kv_bytes, size)) // size) * size
     reasons.append(f"KV cache {format_size(tokens * kv_bytes)} for {tokens} tokens, of {format_size(left)} free")
     return tokens

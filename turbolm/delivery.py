@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
@@ -74,6 +75,12 @@ class Delivery:
             if not inbox.num_routes:
                 del self._inboxes[route.loop]
 
+    def abandon(self, request_id: str) -> None:
+        """`close`, from any thread."""
+        route = self._routes.get(request_id)
+        if route is not None and not route.loop.is_closed():
+            route.loop.call_soon_threadsafe(self.close, request_id)
+
     def _empty(self, loop: asyncio.AbstractEventLoop, inbox: _Inbox) -> None:
         steps, routes = [], self._routes
         while inbox.steps:
@@ -84,26 +91,26 @@ class Delivery:
                 route.sink(output)
 
 
-def _joined(steps: Iterable[Sequence[Output]]) -> Iterable[Output]:
+def _joined(steps: Iterable[Sequence[Output]]) -> list[Output]:
     """The outputs of several steps as one for each answer."""
-    found: dict[tuple[str, int], Output] = {}
+    groups: dict[tuple[str, int], list[Output]] = {}
     for outputs in steps:
         for output in outputs:
-            key = (output.request_id, output.index)
-            before = found.get(key)
-            if before is not None:
-                output = output._replace(  # noqa: PLW2901
-                    token_ids=before.token_ids + output.token_ids,
-                    logprobs=before.logprobs + output.logprobs,
-                    prompt_logprobs=before.prompt_logprobs + output.prompt_logprobs,
-                )
-            found[key] = output
-    return found.values()
+            groups.setdefault(output[:2], []).append(output)
+    return [group[0] if len(group) == 1 else _join(group) for group in groups.values()]
+
+
+def _join(deltas: Sequence[Output]) -> Output:
+    return deltas[-1]._replace(
+        token_ids=tuple([token for delta in deltas for token in delta.token_ids]),
+        logprobs=tuple([entry for delta in deltas for entry in delta.logprobs]),
+        prompt_logprobs=tuple([entry for delta in deltas for entry in delta.prompt_logprobs]),
+    )
 
 
 class Answers(AsyncIterator[Output]):
-    """The answers to one request, as they come. Iterate, or have `begin` call a function with each output. Leaving
-    the iteration, `end` or `aclose` cancel what still runs."""
+    """The answers to one request, as they come. Iterate, or have `begin` call a function with each output. What still
+    runs is cancelled by `end` or `aclose`, and when nobody refers to this any more."""
 
     def __init__(
         self,
@@ -124,11 +131,22 @@ class Answers(AsyncIterator[Output]):
         self._sink: Sink | None = None
         self._outputs: asyncio.Queue[Output] = asyncio.Queue()
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self._requests[0].prompt_token_ids)
+
     def begin(self, sink: Sink) -> None:
         """Starts the request: `sink` is called, in this event loop, with each output. Raises EngineError where the
         engine takes no more requests."""
+        itself = weakref.ref(self)
+
+        def take(output: Output) -> None:
+            answers = itself()
+            if answers is not None:
+                answers._take(output)
+
         self._sink = sink
-        self._delivery.open(self._id, self._take)
+        self._delivery.open(self._id, take)
         try:
             self._engine.submit(self._requests, self._deltas)
         except TurbolmError:
@@ -138,11 +156,7 @@ class Answers(AsyncIterator[Output]):
     def end(self) -> None:
         """No further outputs. Idempotent."""
         self._delivery.close(self._id)
-        if self._sink is not None and self._num_open:
-            for request, stream in zip(self._requests, self._streams, strict=True):
-                if not stream.is_over:
-                    self._engine.cancel(self._id, request.index)
-        self._num_open = 0
+        self._cancel()
 
     async def aclose(self) -> None:
         self.end()
@@ -162,8 +176,16 @@ class Answers(AsyncIterator[Output]):
             raise
 
     def __del__(self) -> None:
+        if self._sink is not None and self._num_open:  # in any thread
+            self._delivery.abandon(self._id)
+            self._cancel()
+
+    def _cancel(self) -> None:
         if self._sink is not None and self._num_open:
-            self.end()
+            for request, stream in zip(self._requests, self._streams, strict=True):
+                if not stream.is_over:
+                    self._engine.cancel(self._id, request.index)
+        self._num_open = 0
 
     def _take(self, output: Output) -> None:
         stream = self._streams[output.index]

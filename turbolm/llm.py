@@ -21,9 +21,11 @@ from turbolm.delivery import Answers, Delivery
 from turbolm.engine.engine import Engine
 from turbolm.engine.step import SchedulerStats
 from turbolm.errors import ContextOverflowError, EngineError, RequestError
+from turbolm.grammar import tool_grammar
 from turbolm.stream import AnswerStream
 from turbolm.text import ChatTemplate, PartParser, Tokenizer, choose_reasoning_format, encode_chat, parser_for
-from turbolm.types import Completion, Output, Request, SamplingParams, Score
+from turbolm.text.parser import choose_tool_format
+from turbolm.types import Completion, Grammar, Output, Request, SamplingParams, Score
 from turbolm.worker.supervisor import SupervisedEngine, Supervision
 
 T = TypeVar("T")
@@ -41,6 +43,7 @@ class _Prompt:
     token_ids: tuple[int, ...]
     parser: Callable[[], PartParser]
     is_continuation: bool
+    thoughts: tuple[str, str] | None = None  # as in Grammar
 
 
 class AsyncLLM:
@@ -82,7 +85,7 @@ class AsyncLLM:
 
             loaded = load_model(model, settings, progress)
             self._model, self.config = loaded.text, loaded.config
-            self._engine = Engine(loaded.scheduler, loaded.runner, self._delivery.deliver)
+            self._engine = Engine(loaded.scheduler, loaded.runner, self._delivery.deliver, loaded.grammars)
         self.model_name = self._model.name
         self.tokenizer: Tokenizer = self._model.tokenizer
         self.chat_template: ChatTemplate | None = self._model.chat_template
@@ -102,13 +105,27 @@ class AsyncLLM:
         params: SamplingParams | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
+        parallel_tool_calls: bool = True,
         template_variables: Mapping[str, Any] | None = None,
         priority: int = 0,
         tenant: str = "",
     ) -> Answers:
         """Answer a conversation (OpenAI-style messages), as `generate`. Text, reasoning and tool calls
-        come as parts of their own. Control tokens typed inside messages stay plain text."""
-        return self._submit(self._conversation(messages, tools, template_variables), params, priority, tenant)
+        come as parts of their own. Control tokens typed inside messages stay plain text. `tool_choice`: "auto", "none",
+        "required" or {"type": "function", "function": {"name": …}}; the latter two are enforced, and then
+        `parallel_tool_calls` says whether there may be several."""
+        if tools and tool_choice == "none":
+            tools = None
+        prompt = self._conversation(messages, tools, template_variables)
+        params = self.default_params if params is None else params
+        if tools and params.grammar is not None:
+            raise RequestError(
+                "an answer can't be by a grammar and with tools: use tool_choice 'none', or no grammar", "tools"
+            )
+        if tools and tool_choice != "auto":
+            params = replace(params, grammar=self._tool_grammar(tools, tool_choice, not parallel_tool_calls))
+        return self._submit(prompt, params, priority, tenant)
 
     def encode_chat(
         self,
@@ -201,7 +218,26 @@ class AsyncLLM:
         def parser() -> PartParser:
             return parser_for(template.source, tools_given=bool(tools), tools=tools or (), starts_in_reasoning=is_open)
 
-        return _Prompt(tuple(token_ids), parser, is_continuation=False)
+        thoughts = None
+        if reasoning is not None and not tail.rstrip().endswith(reasoning.closer):
+            thoughts = ("" if is_open else reasoning.opener, reasoning.closer)
+        return _Prompt(tuple(token_ids), parser, is_continuation=False, thoughts=thoughts)
+
+    def _tool_grammar(
+        self, tools: Sequence[Mapping[str, Any]], choice: str | Mapping[str, Any], is_single: bool
+    ) -> Grammar:
+        name = None
+        if isinstance(choice, Mapping):
+            function = choice.get("function")
+            name = function.get("name") if isinstance(function, Mapping) else None
+        if choice != "required" and not isinstance(name, str):
+            raise RequestError(
+                f"tool_choice is 'auto', 'none', 'required' or names a function, got {choice!r:.80}", "tool_choice"
+            )
+        form = choose_tool_format(self.chat_template.source if self.chat_template else None)
+        if form is None:
+            raise RequestError(f"'{self.model_name}' takes no tools: its chat template has no place for them", "tools")
+        return tool_grammar(form.name, tools, self.tokenizer, name=name, is_single=is_single or name is not None)
 
     async def _logprobs(self, token_ids: Sequence[int]) -> tuple[float | None, ...]:
         params = SamplingParams(max_tokens=0, prompt_logprobs=0)
@@ -222,13 +258,17 @@ class AsyncLLM:
         possible: then nothing is done per token but to compute it."""
         params = self.default_params if params is None else params
         self._check(prompt.token_ids, params)
+        eos_token_ids = self._model.eos_token_ids
+        if params.grammar is not None:
+            params = replace(params, grammar=replace(params.grammar, thoughts=prompt.thoughts))
+            eos_token_ids = eos_token_ids or self.tokenizer.eos_ids  # of the null model, whose answers never end
         first = Request(
             id=uuid.uuid4().hex,
             prompt_token_ids=prompt.token_ids,
             params=params,
             priority=priority,
             tenant=tenant,
-            eos_token_ids=self._model.eos_token_ids,
+            eos_token_ids=eos_token_ids,
             bad_words_ids=self._tokenize_bad_words(params.bad_words),
         )
         requests = [replace(first, index=index) for index in range(params.n)]

@@ -17,6 +17,7 @@ from turbolm.engine.build import build, build_null, model_needs, null_needs
 from turbolm.engine.engine import StepRunner
 from turbolm.engine.scheduler import Scheduler
 from turbolm.errors import CheckpointError, ConfigError
+from turbolm.grammar import GrammarCompiler
 from turbolm.hub import fetch
 from turbolm.models import loader
 from turbolm.models.checkpoint import Checkpoint, open_checkpoint
@@ -53,6 +54,7 @@ class LoadedModel:
     config: ResolvedConfig
     scheduler: Scheduler
     runner: StepRunner
+    grammars: GrammarCompiler
 
     @property
     def name(self) -> str:
@@ -85,12 +87,16 @@ def load_model(name: str, config: EngineConfig, progress: bool) -> LoadedModel:
     resolved = resolve(config, model_needs(local.name, checkpoint, spec, config.tensor_parallel), hardware)
     with _loading_bar(local.name, progress) as advance:
         parts = build(checkpoint, spec, resolved, text.vocab_size, advance)
-    return LoadedModel(local.path, text, resolved, parts.scheduler, parts.runner)
+    return LoadedModel(local.path, text, resolved, parts.scheduler, parts.runner, _grammars(text))
 
 
 def _null(config: ResolvedConfig) -> LoadedModel:
-    parts = build_null(config)
-    return LoadedModel(None, _null_text(), config, parts.scheduler, parts.runner)
+    parts, text = build_null(config), _null_text()
+    return LoadedModel(None, text, config, parts.scheduler, parts.runner, _grammars(text))
+
+
+def _grammars(text: ModelText) -> GrammarCompiler:
+    return GrammarCompiler(text.tokenizer, text.eos_token_ids)
 
 
 def _text(name: str, checkpoint: Checkpoint) -> ModelText:

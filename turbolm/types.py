@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import enum
 import itertools
+import json
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from turbolm.errors import RequestError, TurbolmError, nearest
 
@@ -27,6 +28,93 @@ FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "error"]
 
 MAX_LOGPROBS = 100  # alternatives per position that a request may ask for
 MAX_STOP = 64  # stop strings, stop token ids and bad words that a request may carry, each
+MAX_GRAMMAR_CHARS = 1 << 18
+MAX_SCHEMA_DEPTH = 64  # of nested objects and lists in a JSON schema
+
+GrammarKind = Literal["json", "json_schema", "regex", "choice", "ebnf"]
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer's text must be. Every token is chosen so that the text can still become such a text, and
+    the answer ends, with "stop", where it has. Small enough is checked here; whether the rest is right, when
+    the request is prepared (turbolm/grammar)."""
+
+    kind: GrammarKind
+    """json: an object; json_schema: JSON of a schema; regex: all of the text matches; choice: one of
+    several texts; ebnf: a context-free grammar, in Lark's notation or llama.cpp's."""
+    value: Any = None
+    """None for json; a schema, as an object or its JSON; a regular expression; a list of texts; a grammar."""
+    thoughts: tuple[str, str] | None = None
+    """Markers around free text that comes first; it may be missing, but where the first marker is empty (the
+    prompt has opened it). Filled in from the model's chat template."""
+    parameter: str = field(default="grammar", compare=False)
+    """The request's field that it comes from, for errors."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "value", _GRAMMAR_VALUES.get(self.kind, _unknown_grammar)(self.value, self.kind))
+        size = sum(map(len, self.value)) if isinstance(self.value, (str, tuple)) else 0
+        if size > MAX_GRAMMAR_CHARS:
+            raise RequestError(f"the {self.kind} has {size} characters; allowed are {MAX_GRAMMAR_CHARS}", "grammar")
+        if self.thoughts is not None:
+            object.__setattr__(self, "thoughts", tuple(self.thoughts))
+
+
+def _unknown_grammar(_: object, kind: str) -> object:
+    known = ", ".join(_GRAMMAR_VALUES)
+    raise RequestError(
+        f"unknown kind of grammar {kind!r}.{nearest(str(kind), _GRAMMAR_VALUES)} Known: {known}", "grammar"
+    )
+
+
+def _no_value(value: object, kind: str) -> None:
+    if value is not None:
+        raise RequestError(f"a grammar of kind {kind} takes no value; for a schema, use json_schema", "grammar")
+
+
+def _schema_text(value: object, _: str) -> str:
+    """Its canonical JSON."""
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        if len(text) > MAX_GRAMMAR_CHARS:
+            return text  # refused by its caller
+        schema = json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"the schema is no JSON: {error}", "grammar") from None
+    if not isinstance(schema, dict):
+        raise RequestError(f"a schema is an object, got {text[:80]}", "grammar")
+    level: list[object] = [schema]
+    for _depth in range(MAX_SCHEMA_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer if isinstance(outer, list) else ())
+        ]
+        if not level:
+            return json.dumps(schema, ensure_ascii=False)
+    raise RequestError(f"the schema is nested more than {MAX_SCHEMA_DEPTH} deep", "grammar")
+
+
+def _grammar_text(value: object, kind: str) -> str:
+    if not isinstance(value, str):
+        raise RequestError(f"a grammar of kind {kind} takes a string, got {value!r:.80}", "grammar")
+    return value
+
+
+def _choices(value: object, _: str) -> tuple[str, ...]:
+    texts = tuple(value) if isinstance(value, (list, tuple)) else ()
+    if not texts or not all(isinstance(text, str) and text for text in texts):
+        raise RequestError(f"a choice takes a list of non-empty strings, got {value!r:.80}", "grammar")
+    return tuple(dict.fromkeys(texts))
+
+
+_GRAMMAR_VALUES: dict[str, Callable[[object, str], Any]] = {
+    "json": _no_value,
+    "json_schema": _schema_text,
+    "regex": _grammar_text,
+    "choice": _choices,
+    "ebnf": _grammar_text,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +162,8 @@ class SamplingParams:
     """The same for the prompt's tokens."""
     skip_special_tokens: bool = True
     """Leave control tokens out of the text."""
+    grammar: Grammar | None = None
+    """What the answer must be: JSON of a schema, a regular expression, one of several texts."""
 
     def __post_init__(self) -> None:
         for name in ("stop", "bad_words"):
@@ -112,6 +202,12 @@ class SamplingParams:
             raise RequestError("max_tokens must be at least 1 (0 is allowed with prompt_logprobs only)", "max_tokens")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}", "min_tokens")
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise RequestError(f"grammar takes a Grammar, got {self.grammar!r:.80}", "grammar")
+        if self.grammar is not None and self.ignore_eos:
+            raise RequestError(
+                "ignore_eos doesn't go with a grammar: the answer ends where the grammar does", "ignore_eos"
+            )
 
     def _check_number(self, name: str, low: float, high: float, above_low: bool = False) -> None:
         value = getattr(self, name)
@@ -164,6 +260,8 @@ class Request:
     """The model's end-of-text tokens (ignored under `ignore_eos`)."""
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
     """`params.bad_words`, tokenized."""
+    compiled_grammar: object | None = field(default=None, compare=False, repr=False)
+    """`params.grammar`, as turbolm/grammar compiles it. The engine sees to it."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt_token_ids", tuple(self.prompt_token_ids))

@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turbolm.config import EngineConfig, Gpu, Hardware, ModelNeeds, ResolvedConfig, resolve
+from turbolm.config import EngineConfig, Gpu, Hardware, ResolvedConfig, resolve
 from turbolm.engine.batch import StepArrays, lay_out
 from turbolm.engine.ranks import LoadOrder, StepOrder
 from turbolm.engine.step import ScheduledSequence, Step
 from turbolm.engine.step_device import Draws
 from turbolm.errors import ConfigError
 from turbolm.kv import KvShape
+from turbolm.memory import ModelNeeds
 from turbolm.types import Request, Sequence
 
 

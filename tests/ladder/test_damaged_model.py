@@ -61,7 +61,7 @@ def test_two_bit_weights_are_rejected(smollm2_path: Path, damaged: Path, tmp_pat
         open_subject(str(smollm2_path)), items, [], LadderConfig(), ExamConfig(), EngineConfig(max_context=512), store,
         _Silent(), measure=_no_cost,
     )  # fmt: skip
-    found = climber.run([parse_rung("base"), parse_rung(f"model={damaged}"), parse_rung(f"model={damaged}+kv=int8")])
+    found = climber.run([parse_rung("base"), parse_rung(f"model={damaged}"), parse_rung(f"kv=int8+model={damaged}")])
     store.close()
     base, bad, skipped = found.steps
     assert bad.outcome.status == "rejected"

@@ -52,7 +52,7 @@ def test_calibrated_weights_are_made_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert [json.loads(line) for line in Path(made[0][3]).read_text().splitlines()] == [
         {"prompt": f"question {number}"} for number in (1, 2, 3)
     ]
-    assert any("layer 1 of 2" in text for text in said)
+    assert any("1 of 2 layers" in text for text in said)
     assert checkpoint_of(SUBJECT, rung, [], said.append) != folder
     assert made[1][3] == ""  # the shipped text
     assert checkpoint_of(SUBJECT, parse_rung("weights=gptq"), [], said.append) != folder

@@ -31,9 +31,7 @@ SAVERS["internlm2-tied"] = lambda folder: save_as_internlm2(folder, {"tie_word_e
 SAVERS["internlm3"] = save_as_internlm3
 
 
-def load(
-    folder: Path, max_context: int = 32, rounding: Rounding | None = None
-) -> tuple[Decoder, list[LayerCache]]:
+def load(folder: Path, max_context: int = 32, rounding: Rounding | None = None) -> tuple[Decoder, list[LayerCache]]:
     checkpoint = open_checkpoint(folder)
     spec = decoder_spec(checkpoint.config)
     ops = ReferenceOps(torch.device("cpu"), torch.float32)

@@ -89,6 +89,12 @@ def wait_until():
 
 
 @pytest.fixture(scope="session")
+def hermes() -> str:
+    """A chat template with a place for tools."""
+    return HERMES
+
+
+@pytest.fixture(scope="session")
 def null_llm() -> Iterator[AsyncLLM]:
     llm = AsyncLLM("null", progress=False, max_context=2048)
     yield llm

@@ -8,6 +8,8 @@ import json
 import openai
 import pytest
 
+from turbolm.text import ChatTemplate
+
 HELLO = [{"role": "user", "content": "hello"}]
 WEATHER = {
     "type": "function",
@@ -212,3 +214,20 @@ def test_the_default_model_says_the_same_streamed_and_whole(smollm):
     stream = smollm.client.chat.completions.create(**arguments, stream=True)
     assert "".join(c.choices[0].delta.content or "" for c in stream) == whole
     assert "blue" in whole
+
+
+@pytest.mark.parametrize("opening", ["", "<think>\n"], ids=["tools", "reasoning"])
+def test_the_default_model_says_the_same_with_tools_and_reasoning(smollm, monkeypatch, hermes, opening):
+    monkeypatch.setattr(smollm.service.llm, "chat_template", ChatTemplate(hermes + opening))
+    arguments = {"model": "smollm", "messages": HELLO, "tools": [WEATHER], "max_tokens": 60, "temperature": 0}
+    message = smollm.client.chat.completions.create(**arguments).choices[0].message
+    reasoning, text, calls = "", "", ""
+    for chunk in smollm.client.chat.completions.create(**arguments, stream=True):
+        delta = chunk.choices[0].delta
+        reasoning += getattr(delta, "reasoning_content", None) or ""
+        text += delta.content or ""
+        calls += "".join(call.function.arguments for call in delta.tool_calls or ())
+    assert text == (message.content or "")
+    assert reasoning == getattr(message, "reasoning_content", "")
+    assert calls == "".join(call.function.arguments for call in message.tool_calls or ())
+    assert bool(reasoning) == bool(opening)

@@ -39,11 +39,21 @@ HELLO = [{"role": "user", "content": "hello"}]
         ({"logprobs": True, "top_logprobs": 1000}, "top_logprobs", "top_logprobs must be"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream = true"),
         ({"functions": [{"name": "f"}]}, "functions", "use tools"),
-        ({"tool_choice": "required"}, "tool_choice", "can't force a call"),
-        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "can't force a call"),
+        ({"tool_choice": "required"}, "tool_choice", "goes with tools"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "goes with tools"),
+        ({"tool_choice": "must"}, "tool_choice", "'required' or"),
+        ({"tool_choice": {"type": "custom"}}, "tool_choice", "'required' or"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "takes no tools"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools", "name is missing"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type", "ask for JSON in the prompt"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "'json_object' or 'json_schema'"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "is needed"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format", "missing"),
+        ({"guided_regex": "(a"}, "guided_regex", "unclosed group"),
+        ({"guided_regex": "(a", "stream": True}, "guided_regex", "unclosed group"),
+        ({"guided_choice": []}, "guided_choice", "non-empty"),
+        ({"guided_json": {"not": {}}}, "guided_json", "Unimplemented"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "give one"),
+        ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos", "go with a grammar"),
         ({"store": True}, "store", "aren't stored"),
         ({"audio": {"voice": "x"}}, "audio", "not served"),
         ({"prediction": {}}, "prediction", "not served"),
@@ -202,3 +212,8 @@ def test_half_closed_connections_end(null):
     raw(null.port, b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{", finish=True)
     raw(null.port, b"", finish=True)
     assert null.get("/health").status_code == 200
+
+
+def test_embeddings_are_refused(null):
+    with pytest.raises(openai.BadRequestError, match="embeddings are not served"):
+        null.client.embeddings.create(model="null", input="hello")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+from pathlib import Path
 
 import httpx
 import pytest
@@ -111,7 +113,7 @@ def test_the_page_works_offline(null):
     assert null.get("/docs/..%2fcore.py").status_code == 404
     document = null.get("/openapi.json").json()
     assert {route.path.replace(":path", "") for route in ROUTES} - document["paths"].keys() == {
-        "/docs", "/docs/{asset}", "/openapi.json",
+        "/docs", "/docs/{asset}", "/openapi.json", "/v1/embeddings",
     }  # fmt: skip
     fields = document["components"]["schemas"]["ChatBody"]["properties"]
     assert "temperature" in fields
@@ -179,3 +181,25 @@ def test_keys_come_from_files_and_the_environment(tmp_path, monkeypatch):
 def test_loopback_addresses():
     assert all(ServerConfig(host=host).is_loopback for host in ("127.0.0.1", "localhost", "::1"))
     assert not any(ServerConfig(host=host).is_loopback for host in ("0.0.0.0", "::", "10.0.0.1", "example.org"))
+
+
+def test_the_dashboard_asks_for_series_that_exist(null):
+    dashboard = json.loads((Path(__file__).parents[2] / "docs/grafana.json").read_text())
+    wanted = {
+        name
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"(?:vllm|turbolm):\w+", target["expr"])
+    }
+    null.post("/v1/completions", HELLO)
+    families = text_string_to_metric_families(null.get("/metrics").text)
+    assert wanted <= {sample.name for family in families for sample in family.samples}
+    assert len(wanted) > 15
+
+
+def test_the_model_shows_its_limits(null):
+    found = null.get("/v1/models/null").json()
+    assert found["config"]["kv"]["k"] == null.service.llm.config.kv.k
+    assert found["kv_cache_tokens"] == null.service.llm.config.pool_tokens
+    assert found["limits"]["max_answers"] == 128
+    assert found["limits"]["max_body"] == 8 << 20

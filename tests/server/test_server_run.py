@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import re
@@ -14,7 +15,12 @@ import time
 import httpx
 import pytest
 
+from turbolm import AsyncLLM
 from turbolm.cli.main import main
+from turbolm.errors import EngineError
+from turbolm.server import run
+from turbolm.server.config import ServerConfig
+from turbolm.server.service import Service
 
 
 @contextlib.contextmanager
@@ -74,6 +80,14 @@ def test_a_second_signal_ends_at_once():
         assert server.poll() is None
         server.send_signal(signal.SIGTERM)
         assert server.wait(5) == 128 + signal.SIGTERM
+
+
+def test_the_server_ends_when_its_engine_is_lost(null_llm, monkeypatch):
+    monkeypatch.setattr(AsyncLLM, "is_given_up", True)
+    monkeypatch.setattr(AsyncLLM, "trouble", "it failed 6 times in a row and is given up")
+    config = ServerConfig()
+    with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(EngineError, match="6 times in a row"):
+        asyncio.run(run._run(Service(null_llm, config), config, listener))
 
 
 def test_a_port_in_use_is_said_before_the_model_is_loaded(capsys):

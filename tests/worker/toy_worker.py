@@ -14,11 +14,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from turbolm.config import EngineConfig, Hardware, ModelNeeds, ResolvedConfig, resolve
+from turbolm.config import EngineConfig, Hardware, ResolvedConfig, resolve
 from turbolm.engine.scheduler import Scheduler
 from turbolm.engine.step import Step, StepResult
 from turbolm.errors import CapacityError, ModelNotFoundError, RequestError
 from turbolm.kv import KvShape
+from turbolm.memory import ModelNeeds
 from turbolm.worker.process import main
 
 KILL, HANG, BREAK = 1, 2, 3
@@ -62,6 +63,7 @@ class ToyModel:
     config: ResolvedConfig
     scheduler: Scheduler
     runner: ToyRunner
+    grammars: None = None
 
 
 def load(name: str, config: EngineConfig, progress: bool) -> ToyModel:

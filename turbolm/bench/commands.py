@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cyclopts import App
 
-app = App(name="bench", help="Time this machine: a model's tokens per second, the kernels.", help_format="plaintext")
+app = App(name="bench", help="Time this machine, or a server.", help_format="plaintext")
 app.command(
     "turbolm.bench.throughput:throughput",
     name="throughput",
@@ -14,4 +14,9 @@ app.command(
     "turbolm.bench.kernels:kernels",
     name="kernels",
     help="The matrix products of a model beside the limits of memory and arithmetic.",
+)
+app.command(
+    "turbolm.bench.serve:serve",
+    name="serve",
+    help="How fast an OpenAI-compatible server answers under load: latencies, tokens per second, goodput.",
 )

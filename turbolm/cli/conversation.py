@@ -11,7 +11,7 @@ from turbolm.errors import RequestError, UserError, nearest
 from turbolm.types import SamplingParams
 
 #: Fields of SamplingParams that make no sense for one conversation in a terminal.
-OMITTED = ("n", "logit_bias", "logprobs", "prompt_logprobs")
+OMITTED = ("n", "logit_bias", "logprobs", "prompt_logprobs", "grammar")
 PARAMETERS = tuple(field.name for field in fields(SamplingParams) if field.name not in OMITTED)
 #: For models that recommend nothing.
 CHAT_DEFAULTS = SamplingParams(temperature=0.7, top_p=0.9, repetition_penalty=1.05)

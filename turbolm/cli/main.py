@@ -31,10 +31,13 @@ app.command("turbolm.cli.quantize:quantize", name="quantize", help="Make a model
 app.command(
     "turbolm.cli.ladder:ladder", name="ladder", help="Which quantization of a model is good enough, on your questions."
 )
+app.command("turbolm.cli.plan:plan", name="plan", help="What a model takes on a machine, and how fast it would be.")
 app.command("turbolm.cli.eval:evaluate", name="eval", help="Score a model on your questions.")
 app.command("turbolm.cli.models:app", name="models", help="List, fetch and delete models.")
 app.command(
-    "turbolm.bench.commands:app", name="bench", help="Time this machine: a model's tokens per second, the kernels."
+    "turbolm.bench.commands:app",
+    name="bench",
+    help="Time this machine (a model's tokens per second, the kernels), or a server under load.",
 )
 app.command(
     "turbolm.bench.chaos:chaos",

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turbolm.config import ModelNeeds, ResolvedConfig
+from turbolm.config import ResolvedConfig
 from turbolm.engine.device_runner import DeviceRunner
 from turbolm.engine.engine import StepRunner
 from turbolm.engine.graph import DecodeGraphs, record
 from turbolm.engine.part import Part, lead, load_part
+from turbolm.engine.rehearsal import rehearsals
 from turbolm.engine.runner import Runner
 from turbolm.engine.scheduler import Scheduler
 from turbolm.engine.speculative import PromptLookup
 from turbolm.engine.step_device import StepDevice
+from turbolm.memory import ModelNeeds
 from turbolm.models.checkpoint import Checkpoint
 from turbolm.models.decoder import Decoder, cache_spec, kv_layers, load_decoder
 from turbolm.models.loader import Loader, Progress
@@ -127,7 +129,7 @@ def _runner(model: Decoder, caches: list[LayerCache], config: ResolvedConfig, vo
         ops.finish_loading(config.max_logit_rows, model.spec.vocab_size)
         graphs = DecodeGraphs(forward, config, config.block_size, ops.device)
         sample = functools.partial(_sample, ops, vocab_size)
-        device = StepDevice(forward, graphs, ops.device, sample, ops.resolve_tokens)
+        device = StepDevice(forward, graphs, ops.device, sample, ops.resolve_tokens, rehearsals=rehearsals(config))
         return DeviceRunner(device, config, config.block_size, vocab_size)
     sample_rows = functools.partial(native_sampling.sample, ops.team) if isinstance(ops, CpuOps) else sampling.sample
     return Runner(forward, config.block_size, ops.device, vocab_size, sample_rows)

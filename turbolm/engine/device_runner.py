@@ -16,8 +16,8 @@ import torch
 from turbolm.engine.batch import Ints, StepArrays, lay_out, num_columns
 from turbolm.engine.graph import Limits
 from turbolm.engine.randomness import uniform
-from turbolm.engine.runner import Completed, compute_results, logit_rows_of, no_distribution
-from turbolm.engine.sampler import Sampler
+from turbolm.engine.runner import Completed, compute_results, logit_rows_of
+from turbolm.engine.sampler import Sampler, no_distribution
 from turbolm.engine.sequence_table import SequenceTable
 from turbolm.engine.step import ScheduledSequence, Step, StepResult
 from turbolm.engine.step_device import Download, Draws, StepDevice

@@ -9,9 +9,11 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from turbolm.engine.preparation import Preparation, Prepared
 from turbolm.engine.scheduler import Scheduler
 from turbolm.engine.step import SchedulerStats, Step, StepResult
 from turbolm.errors import EngineError, TurbolmError
+from turbolm.grammar import GrammarCompiler
 from turbolm.types import Output, Request
 
 logger = logging.getLogger(__name__)
@@ -51,12 +53,17 @@ class Engine:
     """`submit`, `cancel` and `close` may be called from any thread. Every submitted request gets
     exactly one final output, whatever happens."""
 
-    def __init__(self, scheduler: Scheduler, runner: StepRunner, deliver: Deliver) -> None:
+    def __init__(
+        self, scheduler: Scheduler, runner: StepRunner, deliver: Deliver, grammars: GrammarCompiler | None = None
+    ) -> None:
+        """Without `grammars`, requests that have one are refused."""
         self._scheduler = scheduler
         self._runner = runner
         self._deliver = deliver
         self._changed = threading.Condition()
-        self._submitted: collections.deque[tuple[Request, bool]] = collections.deque()
+        self._submitted: collections.deque[Prepared] = collections.deque()
+        self._preparation = Preparation(grammars, self._take_prepared)
+        self._preparing: dict[tuple[str, int], bool] = {}  # by (request id, index): whether it was cancelled since
         self._cancelled: collections.deque[tuple[str, int]] = collections.deque()
         self._closing = False
         self._in_flight: collections.deque[tuple[Step, PendingStep]] = collections.deque()
@@ -70,14 +77,23 @@ class Engine:
         with self._changed:
             if self._closing:
                 raise EngineError("the engine is closed")
-            self._submitted.extend([(request, deltas) for request in requests])
+            for request in requests:
+                if request.params.grammar is None:
+                    self._submitted.append(Prepared(request, deltas))
+                else:
+                    self._preparing[request.id, request.index] = False
+                    self._preparation.begin(request, deltas)
             self._changed.notify()
 
     def cancel(self, request_id: str, index: int = 0) -> None:
         """End one answer of a request; an unknown or finished one is no error."""
+        key = (request_id, index)
         with self._changed:
-            self._cancelled.append((request_id, index))
-            self._changed.notify()
+            if key in self._preparing:
+                self._preparing[key] = True
+            else:
+                self._cancelled.append(key)
+                self._changed.notify()
 
     def close(self) -> None:
         """Cancel what is left, and end the thread. Idempotent."""
@@ -86,6 +102,15 @@ class Engine:
             self._changed.notify()
         if self._thread is not threading.current_thread():
             self._thread.join()
+
+    def _take_prepared(self, prepared: Prepared) -> None:
+        key = (prepared.request.id, prepared.request.index)
+        with self._changed:
+            if key in self._preparing:  # else the loop has ended, and told so
+                self._submitted.append(prepared)
+                if self._preparing.pop(key):
+                    self._cancelled.append(key)
+                self._changed.notify()
 
     @property
     def stats(self) -> SchedulerStats:
@@ -101,7 +126,7 @@ class Engine:
                 self._start(step)
             if self._in_flight and (step is None or len(self._in_flight) >= self._runner.depth):
                 self._complete_oldest()
-        self._deliver(self._scheduler.fail(EngineError("the engine was closed")))
+        self._deliver([*self._end_preparation(), *self._scheduler.fail(EngineError("the engine was closed"))])
         while self._in_flight:  # the device must be at rest before its memory goes
             self._complete_oldest()
         self._runner.close()
@@ -118,16 +143,29 @@ class Engine:
             self._cancelled.clear()
             closing = self._closing
         outputs: list[Output] = []
-        for request, deltas in submitted:
+        for request, deltas, error in submitted:
+            if error is not None:
+                outputs.append(Output(request.id, request.index, finish_reason="error", error=error))
+                continue
             try:
                 self._scheduler.add(request, deltas)
-            except TurbolmError as error:
-                outputs.append(Output(request.id, request.index, finish_reason="error", error=error))
+            except TurbolmError as refusal:
+                outputs.append(Output(request.id, request.index, finish_reason="error", error=refusal))
         ended = (self._scheduler.cancel(request_id, index) for request_id, index in cancelled)
         outputs += [output for output in ended if output is not None]
         if outputs:
             self._deliver(outputs)
         return not closing
+
+    def _end_preparation(self) -> list[Output]:
+        """The last outputs of requests that never came as far as the scheduler."""
+        self._preparation.close()
+        error = EngineError("the engine was closed")
+        with self._changed:
+            keys = [*self._preparing, *((request.id, request.index) for request, _, _ in self._submitted)]
+            self._preparing.clear()
+            self._submitted.clear()
+        return [Output(request_id, index, finish_reason="error", error=error) for request_id, index in keys]
 
     @property
     def _is_idle(self) -> bool:

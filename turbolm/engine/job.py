@@ -48,6 +48,7 @@ class Job:
             or params.frequency_penalty
             or params.repetition_penalty != 1.0
             or request.bad_words_ids
+            or params.grammar is not None
         )
         self.held_logprobs: list[TokenLogprob] = []  # without deltas: what the last output will bring
         self.held_prompt_logprobs: list[TokenLogprob | None] = []
@@ -56,7 +57,8 @@ class Job:
         self.deferred = (-1, -1)  # the block (index) that it last waited for, and the step that computed it
         # The answer ends when it is longer than min_length by one of these tokens, or reaches max_length.
         self.stops = frozenset(params.stop_token_ids + (() if params.ignore_eos else request.eos_token_ids))
-        self.min_length = num_prompt + params.min_tokens
+        # (A grammar's end comes before min_tokens where it has to: the sampler sees to it.)
+        self.min_length = num_prompt + (params.min_tokens if params.grammar is None else 0)
         self.max_length = max_context if params.max_tokens is None else min(max_context, num_prompt + params.max_tokens)
         self.has_answer = self.max_length > num_prompt
         # The last token of the longest answer is never computed.

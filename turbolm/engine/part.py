@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from turbolm.config import ResolvedConfig
+from turbolm.engine.batch import StepArrays
 from turbolm.engine.device_runner import DeviceRunner
 from turbolm.engine.graph import DecodeGraphs, record
 from turbolm.engine.ranks import FAILED, LOAD, LoadOrder, Ranks
+from turbolm.engine.rehearsal import rehearsals
 from turbolm.engine.step_device import StepDevice
 from turbolm.errors import EngineError
 from turbolm.models.checkpoint import Checkpoint
@@ -43,10 +45,11 @@ class Part:
         ops, config = self.ops, self.config
         ops.finish_loading(config.max_logit_rows, self.model.spec.vocab_size)
         forward = record(self.model, self.caches, config)
-        graphs = None
+        graphs: DecodeGraphs | None = None
+        first_steps: Iterator[StepArrays] = iter(())
         if ops.device.type == "cuda" and config.kernels == "native":
-            graphs = DecodeGraphs(forward, config, config.block_size, ops.device)
-        return StepDevice(forward, graphs, ops.device, ops.sample, ops.resolve_tokens, ops.gather_logits)
+            graphs, first_steps = DecodeGraphs(forward, config, config.block_size, ops.device), rehearsals(config)
+        return StepDevice(forward, graphs, ops.device, ops.sample, ops.resolve_tokens, ops.gather_logits, first_steps)
 
 
 def device_of(config: ResolvedConfig, rank: int) -> torch.device:

@@ -13,7 +13,6 @@ from turbolm.engine.graph import Forward
 from turbolm.engine.sampler import Choice, Sampler, SampleRows, token_logprobs
 from turbolm.engine.speculative import num_accepted
 from turbolm.engine.step import ScheduledSequence, Step, StepResult
-from turbolm.errors import EngineError
 from turbolm.ops.sampling import sample
 from turbolm.types import TokenLogprob
 
@@ -93,7 +92,8 @@ def compute_results(
     results, first = [], 0
     for item, its, score in zip(items, choices, scores, strict=True):
         last = first + len(its)
-        results.append(_result(item, tokens[first:last], logprobs[first:last], score))
+        result = _result(item, tokens[first:last], logprobs[first:last], score)
+        results.append(StepResult(error=sampler.failure(item.sequence)) if result is None else result)
         first = last
     return results, tokens
 
@@ -125,18 +125,14 @@ def _result(
     tokens: list[int],
     logprobs: list[TokenLogprob | None],
     prompt_logprobs: tuple[TokenLogprob | None, ...],
-) -> StepResult:
-    """`tokens`: chosen after each leading part of the drafts. Those that follow a wrong draft are void."""
+) -> StepResult | None:
+    """`tokens`: chosen after each leading part of the drafts. Those that follow a wrong draft are void. None where
+    none could be chosen."""
     count = num_accepted(item.drafts, tokens) + 1 if tokens else 0
     if count and tokens[count - 1] < 0:
-        return StepResult(error=no_distribution())
+        return None
     entries = tuple([entry for entry in logprobs[:count] if entry is not None])
     return StepResult(tuple(tokens[:count]), entries, prompt_logprobs)
-
-
-def no_distribution() -> EngineError:
-    """What ends a sequence for which no token could be chosen."""
-    return EngineError("the model's logits are not numbers, or every token is banned")
 
 
 def _prompt_logprobs(logits_rv: Tensor, item: ScheduledSequence) -> tuple[TokenLogprob | None, ...]:

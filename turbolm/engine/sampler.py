@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from turbolm.engine.constraints import Constraints
 from turbolm.engine.randomness import stream_key, uniform_at
+from turbolm.errors import EngineError, RequestError, TurbolmError
 from turbolm.ops.sampling import sample
 from turbolm.types import Request, SamplingParams, Sequence, TokenLogprob
 
@@ -35,6 +37,12 @@ class Choice(NamedTuple):
     def num_output(self) -> int:
         """How long the answer is without the token."""
         return self.sequence.num_output + len(self.drafts) + self.num_ahead
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """Tokens that end the answer."""
+        request = self.sequence.request
+        return (*request.params.stop_token_ids, *(() if request.params.ignore_eos else request.eos_token_ids))
 
 
 class _Columns(NamedTuple):
@@ -67,6 +75,7 @@ class Sampler:
     def __init__(self, sample_rows: SampleRows = sample) -> None:
         self._sample_rows = sample_rows
         self._histories: weakref.WeakKeyDictionary[Sequence, _History] = weakref.WeakKeyDictionary()
+        self._constraints = Constraints()
         self._columns: _Columns | None = None  # of the last step: steps often follow with the same requests
 
     def sample(self, logits_rv: Tensor, choices: Rows[Choice]) -> tuple[list[int], list[TokenLogprob | None]]:
@@ -80,6 +89,7 @@ class Sampler:
         for row, choice in enumerate(choices):
             if _has_adjustments(choice):
                 self._adjust(logits_rv[row], choice)
+        self._constraints.apply(logits_rv, choices)
         tokens = self._draw(logits_rv, choices)
         logprobs: list[TokenLogprob | None] = [None] * len(tokens)
         for row, logits_v in wanted.items():
@@ -88,6 +98,13 @@ class Sampler:
             num_top = choices[row].sequence.request.params.logprobs or 0
             logprobs[row] = token_logprobs(logits_v[None], [tokens[row]], num_top)[0]
         return tokens, logprobs
+
+    def failure(self, sequence: Sequence) -> TurbolmError:
+        """What ends a sequence for which no token could be chosen."""
+        reason = self._constraints.error(sequence)
+        if reason is not None:
+            return RequestError(f"the answer can't go on by its grammar: {reason}", "grammar")
+        return no_distribution()
 
     def _draw(self, logits_rv: Tensor, choices: Rows[Choice]) -> list[int]:
         params = [choice.sequence.request.params for choice in choices]
@@ -119,8 +136,8 @@ class Sampler:
             ids = torch.tensor(list(params.logit_bias), device=logits_v.device)
             logits_v[ids] += torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=logits_v.device)
         banned = _banned_words(request.bad_words_ids, choice)
-        if choice.num_output < params.min_tokens:
-            banned += [*params.stop_token_ids, *(() if params.ignore_eos else request.eos_token_ids)]
+        if choice.num_output < params.min_tokens and params.grammar is None:  # else as constraints.py says
+            banned += choice.stops
         if banned:
             logits_v[torch.tensor(banned, device=logits_v.device)] = float("-inf")
 
@@ -179,7 +196,12 @@ def is_plain(request: Request) -> bool:
     """Whether its tokens are drawn from the logits as they are, and nothing else is asked for."""
     params = request.params
     adjusted = params.logit_bias or params.min_tokens or request.bad_words_ids or _has_penalties(params)
-    return not adjusted and params.logprobs is None
+    return not adjusted and params.logprobs is None and params.grammar is None
+
+
+def no_distribution() -> EngineError:
+    """What ends a sequence for which no token could be chosen, where nothing explains it."""
+    return EngineError("the model's logits are not numbers, or every token is banned")
 
 
 def _has_adjustments(choice: Choice) -> bool:

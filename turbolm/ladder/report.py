@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from turbolm.ladder.config import LadderConfig
 from turbolm.ladder.outcome import group_scores
 from turbolm.ladder.recommendation import FORMAT
 from turbolm.ladder.subject import Subject
+from turbolm.ops.hardware import probe
 
 _NUM_WORST = 8  # regressions of a rung that are shown
 _CONTEXTS = (2048, 8192, 32768)
@@ -57,7 +59,7 @@ def make_report(run: Run, climb: Climb) -> dict[str, Any]:
         },
         "settings": {**asdict(run.exam), **asdict(run.config)},
         "engine": _changed(run.engine),
-        "machine": machine(),
+        "machine": {**machine(), "gpus": [gpu.name for gpu in probe().gpus], "torch": version("torch")},
         "memory": run.memory,
         "seconds": round(climb.seconds, 1),
         "command": shlex.join(run.command),

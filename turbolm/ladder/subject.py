@@ -73,7 +73,8 @@ def checkpoint_of(subject: Subject, rung: Rung, held_out: Sequence[Item], say: S
     say(f"making {rung.title}: calibrating with {f'{len(lines)} of your items' if lines else 'a shipped text'}")
 
     def progress(done: int, total: int) -> None:
-        say(f"making {rung.title}: layer {done} of {total}")
+        if done and done % max(1, total // 4) == 0:
+            say(f"making {rung.title}: {done} of {total} layers")
 
     quantize(subject.name, folder, rung.method, data=data, group_size=rung.group_size, progress=progress)
     return str(folder)

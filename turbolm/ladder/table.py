@@ -103,7 +103,8 @@ def _figures(rung: Mapping[str, Any]) -> list[str]:
     found = decision and decision["comparison"]
     figures = [
         f"{found['drop']:.2%} ({found['low']:.2%} to {found['high']:.2%})" if found else "",
-        f"{found['wins']}/{found['losses']}/{found['ties']}" if found else "",
+        # Agreement with itself can't be beaten: there losing says nothing.
+        f"{found['wins']}/{found['losses']}/{found['ties']}" if found and rung["metric"] == "score" else "",
         f"{agreement['kl']:.4f}" if agreement and agreement["kl"] is not None else "",
     ]
     if cost is None:

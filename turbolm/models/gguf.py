@@ -143,6 +143,12 @@ class _Header:
     tensors: dict[str, GGUFTensor]
 
 
+def first_offset(path: Path) -> int:
+    """Where the tensors of this one file begin, in bytes; its size, where it has none. Raises CheckpointError."""
+    header = _read_header(MappedFile(path))
+    return min((tensor.offset for tensor in header.tensors.values()), default=header.file.size)
+
+
 def _split_count(path: Path, header: _Header, match: re.Match[str] | None) -> int:
     """How many files the set has."""
     count = header.metadata.get("split.count", 0) or 1

@@ -132,7 +132,7 @@ class ReferenceOps:
         ):
             codes, scale = quantize_heads(heads, kind)
             pool[block, :, offset] = codes
-            if scales is not None:
+            if scales is not None and scale is not None:
                 scales[block, :, offset] = scale
         return qkv_tw
 
@@ -179,7 +179,7 @@ def quantize_heads(x: Tensor, kind: KvKind) -> tuple[Tensor, Tensor | None]:
     x = x.float()
     low, high = x.aminmax(dim=-1, keepdim=True)
     scales = torch.cat([(high - low) / LEVELS[kind], low], dim=-1).half()
-    scale, minimum = scales.float().split(1, dim=-1)
+    scale, minimum = scales.float().chunk(2, dim=-1)
     codes = ((x - minimum) / scale).round().clamp(0, LEVELS[kind]).masked_fill(scale == 0, 0.0).to(torch.uint8)
     if kind == "int4":
         first, second = codes.chunk(2, dim=-1)

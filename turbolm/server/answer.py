@@ -4,48 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from turbolm.text import Tokenizer
-from turbolm.types import Output, ReasoningPart, TextPart, TokenLogprob
-
-
-class CallPieces:
-    """A tool call, or a further piece of one."""
-
-    __slots__ = ("arguments", "id", "name")
-
-    def __init__(self) -> None:
-        self.id: str | None = None
-        self.name: str | None = None
-        self.arguments: list[str] = []
+from turbolm.types import Output, Part, ReasoningPart, TextPart, TokenLogprob, ToolCallPart
 
 
 class Answer:
     """Deltas of one answer, merged as they come: however many pile up, only their text is kept."""
 
-    __slots__ = ("_reasoning", "_text", "calls", "final", "logprobs", "num_tokens", "prompt_logprobs")
+    __slots__ = ("final", "logprobs", "num_tokens", "parts", "prompt_logprobs")
 
     def __init__(self) -> None:
-        self._text: list[str] = []
-        self._reasoning: list[str] = []
-        self.calls: dict[int, CallPieces] = {}
+        self.parts: list[Part] = []
         self.logprobs: list[TokenLogprob] = []
         self.prompt_logprobs: list[TokenLogprob | None] = []
         self.num_tokens = 0
         self.final: Output | None = None
 
     def add(self, output: Output) -> None:
-        for part in output.parts:
-            if type(part) is TextPart:
-                self._text.append(part.text)
-            elif type(part) is ReasoningPart:
-                self._reasoning.append(part.text)
-            else:
-                pieces = self.calls.setdefault(part.index, CallPieces())  # type: ignore[union-attr]
-                pieces.id = pieces.id or part.id  # type: ignore[union-attr]
-                pieces.name = pieces.name or part.name  # type: ignore[union-attr]
-                pieces.arguments.append(part.arguments)  # type: ignore[union-attr]
+        self.parts += output.parts
         self.num_tokens += len(output.token_ids)
         if output.logprobs:
             self.logprobs += output.logprobs
@@ -56,11 +35,20 @@ class Answer:
 
     @property
     def text(self) -> str:
-        return "".join(self._text)
+        return "".join([part.text for part in self.parts if type(part) is TextPart])
 
     @property
     def reasoning(self) -> str:
-        return "".join(self._reasoning)
+        return "".join([part.text for part in self.parts if type(part) is ReasoningPart])
+
+    @property
+    def calls(self) -> list[ToolCallPart]:
+        """The tool calls, or further pieces of them."""
+        calls: dict[int, list[ToolCallPart]] = {}
+        for part in self.parts:
+            if type(part) is ToolCallPart:
+                calls.setdefault(part.index, []).append(part)
+        return [replace(pieces[0], arguments="".join(p.arguments for p in pieces)) for pieces in calls.values()]
 
 
 def finite(logprob: float) -> float:

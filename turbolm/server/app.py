@@ -21,9 +21,11 @@ from turbolm.server.chat import chat
 from turbolm.server.completions import complete
 from turbolm.server.failures import ApiError, JsonResponse, to_api_error
 from turbolm.server.gate import Gate
+from turbolm.server.messages import count_tokens, messages
 from turbolm.server.metrics import CONTENT_TYPE
+from turbolm.server.responses import input_items, respond, stored_response
 from turbolm.server.service import Service
-from turbolm.server.texts import detokenize, model, models, score, tokenize
+from turbolm.server.texts import detokenize, embeddings, model, models, score, tokenize
 
 
 async def health(_: Request) -> Response:
@@ -50,6 +52,12 @@ async def version(_: Request) -> Response:
 ROUTES = (
     Route("/v1/chat/completions", chat, methods=["POST"]),
     Route("/v1/completions", complete, methods=["POST"]),
+    Route("/v1/responses", respond, methods=["POST"]),
+    Route("/v1/responses/{response}", stored_response, methods=["GET", "DELETE"]),
+    Route("/v1/responses/{response}/input_items", input_items, methods=["GET"]),
+    Route("/v1/messages", messages, methods=["POST"]),
+    Route("/v1/messages/count_tokens", count_tokens, methods=["POST"]),
+    Route("/v1/embeddings", embeddings, methods=["POST"]),
     Route("/v1/models", models, methods=["GET"]),
     Route("/v1/models/{model:path}", model, methods=["GET"]),
     Route("/tokenize", tokenize, methods=["POST"]),
@@ -75,6 +83,8 @@ def make_app(service: Service) -> Starlette:
             yield
         finally:
             heartbeat.cancel()
+            if service.store is not None:
+                await asyncio.to_thread(service.store.close)
 
     middleware = [Middleware(Gate, service=service)]
     if service.config.cors_origins:
@@ -82,7 +92,7 @@ def make_app(service: Service) -> Starlette:
             CORSMiddleware,
             allow_origins=list(service.config.cors_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-api-key", "x-request-id"],
+            allow_headers=["anthropic-version", "authorization", "content-type", "x-api-key", "x-request-id"],
             expose_headers=["x-request-id", "retry-after"],
         )
         middleware.insert(0, cors)
@@ -96,9 +106,9 @@ def make_app(service: Service) -> Starlette:
     return app
 
 
-async def _refuse(_: Request, error: Exception) -> Response:
+async def _refuse(request: Request, error: Exception) -> Response:
     assert isinstance(error, TurbolmError)
-    return to_api_error(error).response()
+    return to_api_error(error).response(request.url.path)
 
 
 async def _no_such_path(request: Request, error: Exception) -> Response:
@@ -107,8 +117,8 @@ async def _no_such_path(request: Request, error: Exception) -> Response:
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
         text = f"{request.method} {path} is not allowed; use {allowed}"
-        return ApiError(405, text, headers=error.headers).response()
+        return ApiError(405, text, headers=error.headers).response(path)
     if error.status_code == 404:
         known = [route.path for route in request.app.routes]
-        return ApiError(404, f"no such path: {path}.{nearest(path, known)} See /docs", code="not_found").response()
-    return ApiError(error.status_code, error.detail).response()
+        return ApiError(404, f"no such path: {path}.{nearest(path, known)} See /docs", code="not_found").response(path)
+    return ApiError(error.status_code, error.detail).response(path)

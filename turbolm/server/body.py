@@ -58,6 +58,15 @@ def parse(data: bytes, form: type[Parsed]) -> Parsed:
         raise _refusal(form, details[0]) from None
 
 
+def build(values: Mapping[str, Any], form: type[Parsed]) -> Parsed:
+    """Fields as a `form`; those that are None are left out. Raises ApiError, as `parse`."""
+    try:
+        return form.model_validate({name: value for name, value in values.items() if value is not None})
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_context=True, include_input=True)
+        raise _refusal(form, details[0]) from None
+
+
 def _refusal(form: type[BaseModel], detail: Mapping[str, Any]) -> ApiError:
     """The first thing that is wrong, in one sentence."""
     kind, location = detail["type"], detail["loc"]

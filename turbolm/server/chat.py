@@ -12,14 +12,15 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from turbolm.delivery import Answers
 from turbolm.errors import RequestError
 from turbolm.server.answer import Answer, chat_logprobs
 from turbolm.server.body import read_body
 from turbolm.server.exchange import Record
-from turbolm.server.failures import to_json
-from turbolm.server.schema import ChatBody
+from turbolm.server.failures import ApiError, to_json
+from turbolm.server.schema import ChatBody, NamedTool
 from turbolm.server.service import Service
-from turbolm.server.stream import AnswerResponse, usage_object
+from turbolm.server.stream import DONE, AnswerResponse, error_event, usage_object
 from turbolm.text import Tokenizer
 from turbolm.text.parser import choose_tool_format
 from turbolm.types import Usage
@@ -66,9 +67,12 @@ class ChatFormat:
 
     def ending(self, usage: Usage) -> bytes:
         if not self._usage:
-            return b""
+            return DONE
         body = self._object("chat.completion.chunk") | {"choices": [], "usage": usage_object(usage)}
-        return b"data: " + to_json(body) + b"\n\n"
+        return b"data: " + to_json(body) + b"\n\n" + DONE
+
+    def failure(self, error: ApiError) -> bytes:
+        return error_event(error)
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
         choices = [self._choice(index, answer) for index, answer in enumerate(answers)]
@@ -104,14 +108,14 @@ class ChatFormat:
 
     def _calls(self, answer: Answer, is_delta: bool) -> list[dict[str, Any]]:
         calls = []
-        for index, pieces in answer.calls.items():
-            if self._one_call and index > 0:
+        for part in answer.calls:
+            if self._one_call and part.index > 0:
                 continue
-            function: dict[str, Any] = {"arguments": "".join(pieces.arguments)}
-            call: dict[str, Any] = {"index": index} if is_delta else {}
-            if pieces.name is not None:
-                function = {"name": pieces.name, **function}
-                call |= {"id": pieces.id, "type": "function"}
+            function: dict[str, Any] = {"arguments": part.arguments}
+            call: dict[str, Any] = {"index": part.index} if is_delta else {}
+            if part.name is not None:
+                function = {"name": part.name, **function}
+                call |= {"id": part.id, "type": "function"}
             calls.append(call | {"function": function})
         return calls
 
@@ -140,19 +144,7 @@ async def chat(request: Request) -> Response:
         record.details["body"] = data.decode("utf-8", "replace")
     service.check_model(body.model)
     body.check_stream()
-    _check_messages(body.messages, service.config.max_messages)
-    tools = _tools(body, service)
-    params = body.sampling(service.llm.default_params, body.num_logprobs, **body.length_limit)
-    if params.n > service.config.max_answers:
-        raise RequestError(f"n is {params.n}; this server allows {service.config.max_answers}", "n")
-    source = await service.chat(
-        body.messages,
-        params=params,
-        tools=tools,
-        template_variables=service.template_variables(body.chat_template_kwargs, body.reasoning_effort),
-        priority=body.priority,
-        tenant=body.cache_salt or body.prompt_cache_key or "",
-    )
+    source, num_answers = await submit(service, body)
     form = ChatFormat(
         f"chatcmpl-{uuid.uuid4().hex}",
         service.name,
@@ -161,7 +153,30 @@ async def chat(request: Request) -> Response:
         usage=body.includes_usage,
         one_call=body.parallel_tool_calls is False,
     )
-    return AnswerResponse(partial(service.exchange, [source], params.n, record), form, bool(body.stream))
+    return AnswerResponse(partial(service.exchange, [source], num_answers, record), form, bool(body.stream))
+
+
+async def submit(service: Service, body: ChatBody) -> tuple[Answers, int]:
+    """The answers that a conversation asks for, which begin when they are read, and their number. Raises ApiError
+    or RequestError."""
+    _check_messages(body.messages, service.config.max_messages)
+    tools = chat_tools(body, service)
+    params = body.sampling(service.llm.default_params, body.num_logprobs, **body.length_limit)
+    if params.n > service.config.max_answers:
+        raise RequestError(f"n is {params.n}; this server allows {service.config.max_answers}", "n")
+    source = await service.chat(
+        body.messages,
+        params=params,
+        tools=tools,
+        tool_choice=body.tool_choice.model_dump()
+        if isinstance(body.tool_choice, NamedTool)
+        else body.tool_choice or "auto",
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+        template_variables=service.template_variables(body.chat_template_kwargs, body.reasoning_effort),
+        priority=body.priority,
+        tenant=body.cache_salt or body.prompt_cache_key or "",
+    )
+    return source, params.n
 
 
 def _check_messages(messages: Sequence[dict[str, Any]], limit: int) -> None:
@@ -178,10 +193,10 @@ def _check_messages(messages: Sequence[dict[str, Any]], limit: int) -> None:
                 raise RequestError(f"unknown field '{where}'; known: {', '.join(sorted(_FIELDS))}", where[:200])
 
 
-def _tools(body: ChatBody, service: Service) -> list[dict[str, Any]] | None:
+def chat_tools(body: ChatBody, service: Service) -> list[dict[str, Any]] | None:
     """The tools that the model is shown. RequestError where it would not see them, or nobody would read its calls."""
     if not body.tools:
-        if body.tool_choice == "auto" and body.tools is None:
+        if body.tool_choice not in (None, "none") and (body.tools is None or body.tool_choice != "auto"):
             raise RequestError("tool_choice goes with tools alone", "tool_choice")
         return None
     for index, tool in enumerate(body.tools):

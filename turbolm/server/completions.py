@@ -16,10 +16,10 @@ from turbolm.errors import RequestError
 from turbolm.server.answer import Answer, completion_logprobs
 from turbolm.server.body import read_body
 from turbolm.server.exchange import Record
-from turbolm.server.failures import to_json
+from turbolm.server.failures import ApiError, to_json
 from turbolm.server.schema import CompletionBody
 from turbolm.server.service import Service
-from turbolm.server.stream import AnswerResponse, usage_object
+from turbolm.server.stream import DONE, AnswerResponse, error_event, usage_object
 from turbolm.text import Tokenizer
 from turbolm.types import Usage
 
@@ -67,8 +67,11 @@ class CompletionFormat:
 
     def ending(self, usage: Usage) -> bytes:
         if not self._usage:
-            return b""
-        return b"data: " + to_json(self._object() | {"choices": [], "usage": usage_object(usage)}) + b"\n\n"
+            return DONE
+        return b"data: " + to_json(self._object() | {"choices": [], "usage": usage_object(usage)}) + b"\n\n" + DONE
+
+    def failure(self, error: ApiError) -> bytes:
+        return error_event(error)
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
         choices = [

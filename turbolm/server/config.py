@@ -51,6 +51,9 @@ class ServerConfig:
     nothing yet are tried again."""
     step_timeout: float = 120.0
     """An engine in a process of its own that makes no step for so long, while requests wait, is started again."""
+    store: str | None = None
+    """SQLite file that keeps the answers of /v1/responses, unless a request says store = false. Made where there is
+    none; without it nothing is kept."""
     log_prompts: bool = False
     """Write the bodies of requests to the log."""
 
@@ -98,6 +101,17 @@ class ServerConfig:
     @property
     def max_body_bytes(self) -> int:
         return parse_size(self.max_body, "max_body")
+
+    @property
+    def limits(self) -> dict[str, int | float]:
+        """What a request may ask for, as /v1/models/{id} shows it: counts, bytes, seconds."""
+        return {
+            "max_requests": self.max_requests,
+            "max_body": self.max_body_bytes,
+            "max_messages": self.max_messages,
+            "max_answers": self.max_answers,
+            "request_timeout": self.request_timeout,
+        }
 
     @property
     def is_loopback(self) -> bool:

@@ -17,6 +17,11 @@ from turbolm.errors import (
 )
 
 RETRY_SECONDS = 1
+ANTHROPIC_PATH = "/v1/messages"
+_ANTHROPIC_KINDS = {
+    401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
+    503: "overloaded_error", 504: "timeout_error",
+}  # fmt: skip
 
 
 class ApiError(TurbolmError):
@@ -44,8 +49,16 @@ class ApiError(TurbolmError):
         error = {"message": str(self), "type": self.kind, "param": self.parameter, "code": self.code}
         return {"error": error}
 
-    def response(self) -> Response:
-        return JsonResponse(self.body, self.status, self.headers)
+    @property
+    def anthropic_body(self) -> dict[str, object]:
+        """As Anthropic's API says it."""
+        kind = _ANTHROPIC_KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+        return {"type": "error", "error": {"type": kind, "message": str(self)}}
+
+    def response(self, path: str = "") -> Response:
+        """In the words of the API that `path` belongs to."""
+        body = self.anthropic_body if path.startswith(ANTHROPIC_PATH) else self.body
+        return JsonResponse(body, self.status, self.headers)
 
 
 class JsonResponse(Response):

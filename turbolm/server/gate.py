@@ -48,7 +48,7 @@ class Gate:
         try:
             await self._serve(scope, receive, tagged, headers)
         except ApiError as error:
-            await error.response()(scope, receive, tagged)
+            await error.response(record.path)(scope, receive, tagged)
         except ClientDisconnect:
             record.outcome = "gone"
         except Exception:
@@ -56,7 +56,7 @@ class Gate:
             record.outcome = "failed"
             if record.status:
                 raise
-            await internal().response()(scope, receive, tagged)
+            await internal().response(record.path)(scope, receive, tagged)
         finally:
             self._note(record)
 
@@ -95,8 +95,9 @@ class Gate:
 
 
 _COUNTED = frozenset((
-    "/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/score", "/health", "/ready",
-    "/metrics", "/version", "/docs", "/openapi.json",
+    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens",
+    "/v1/models", "/tokenize", "/detokenize", "/score", "/health", "/ready", "/metrics", "/version", "/docs",
+    "/openapi.json",
 ))  # fmt: skip
 
 

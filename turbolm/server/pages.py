@@ -3,6 +3,7 @@ are those of the package fastapi-offline."""
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,8 @@ from starlette.responses import FileResponse, HTMLResponse, Response
 
 from turbolm import __version__
 from turbolm.server.failures import ApiError, JsonResponse
+from turbolm.server.messages_schema import CountTokensBody, MessagesBody
+from turbolm.server.responses_schema import ResponsesBody
 from turbolm.server.schema import ChatBody, CompletionBody, DetokenizeBody, ScoreBody, TokenizeBody
 
 _ASSETS = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
@@ -33,11 +36,24 @@ _POSTS: dict[str, tuple[type[BaseModel], str, dict[str, Any]]] = {
         {"messages": [{"role": "user", "content": "Why is the sky blue?"}], "max_tokens": 100},
     ),
     "/v1/completions": (CompletionBody, "Continue texts.", {"prompt": "The sky is", "max_tokens": 20}),
+    "/v1/responses": (ResponsesBody, "Answer a text or a conversation.", {"input": "Why is the sky blue?"}),
+    "/v1/messages": (
+        MessagesBody,
+        "Answer a conversation, as Anthropic's API does.",
+        {"messages": [{"role": "user", "content": "Why is the sky blue?"}], "max_tokens": 100},
+    ),
+    "/v1/messages/count_tokens": (
+        CountTokensBody,
+        "How many tokens a conversation has.",
+        {"messages": [{"role": "user", "content": "Why is the sky blue?"}]},
+    ),
     "/tokenize": (TokenizeBody, "Token ids of a text or a conversation.", {"prompt": "Hello"}),
     "/detokenize": (DetokenizeBody, "The text of token ids.", {"tokens": [72, 105]}),
     "/score": (ScoreBody, "How likely the model finds a text.", {"text": "The sky is blue."}),
 }
 _GETS = {
+    "/v1/responses/{response}": "A stored response.",
+    "/v1/responses/{response}/input_items": "What a stored response answered to.",
     "/v1/models": "The model that is served.",
     "/v1/models/{model}": "The model, with its configuration and the reasons for it.",
     "/health": "Whether the process answers.",
@@ -94,7 +110,7 @@ def describe() -> dict[str, Any]:
             }
         }
     for path, summary in _GETS.items():
-        names = ["model"] if "{" in path else []
+        names = re.findall(r"{(\w+)}", path)
         parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
         paths[path] = {"get": {"summary": summary, "parameters": parameters, "responses": _responses("As said.")}}
     return {

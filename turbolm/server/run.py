@@ -75,7 +75,10 @@ async def _run(service: Service, config: ServerConfig, listener: socket.socket) 
     stopping = asyncio.Event()
     _on_signals(stopping.set)
     running = asyncio.create_task(server.serve(sockets=[listener]))
-    _announce(service, config, listener)
+    while not (server.started or running.done()):
+        await asyncio.sleep(0.005)
+    if server.started:
+        _announce(service, config, listener)
     stopped = asyncio.create_task(stopping.wait())
     lost = asyncio.create_task(_engine_lost(service.llm))
     await asyncio.wait({running, stopped, lost}, return_when=asyncio.FIRST_COMPLETED)

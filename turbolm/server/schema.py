@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from turbolm.errors import RequestError
+from turbolm.server.structured import GrammarFields
 from turbolm.types import SamplingParams
 
 Unserved = Annotated[None, Field(description="Not served: leave it out.")]
@@ -32,13 +33,7 @@ class StreamOptions(Body):
     include_obfuscation: Literal[False] | None = None
 
 
-class ResponseFormat(Body):
-    type: Literal["text"] = Field(
-        description="Free text. JSON formats aren't served yet: ask for JSON in the prompt, and check it."
-    )
-
-
-class SamplingBody(Body):
+class SamplingBody(Body, GrammarFields):
     """What chat and text completions share."""
 
     model: str | None = Field(None, description="The served model's name; may be left out.")
@@ -80,6 +75,8 @@ class SamplingBody(Body):
                 given[name] = tuple(value)
         if self.include_stop_str_in_output is not None:
             given["include_stop"] = self.include_stop_str_in_output
+        if (grammar := self.grammar()) is not None:
+            given["grammar"] = grammar
         try:
             return SamplingParams.of(base, logprobs=num_logprobs, **(given | more))
         except RequestError as error:
@@ -98,9 +95,40 @@ class SamplingBody(Body):
             raise RequestError("stream_options goes with stream = true alone", "stream_options")
 
 
+class Extensions(Body):
+    """What turbolm's engine does beyond the APIs of others, by the names of the chat API."""
+
+    seed: int | None = Field(None, description="The same seed and request give the same tokens.")
+    top_k: int | None = Field(None, description="Keep the k likeliest tokens; 0: all.")
+    min_p: float | None = Field(None, description="Drop tokens less likely than this fraction of the likeliest.")
+    repetition_penalty: float | None = Field(None, description="Above 1: what prompt and answer hold, less likely.")
+    min_tokens: int | None = Field(None, description="The answer can't end before so many tokens.")
+    ignore_eos: bool | None = Field(None, description="Go on past end-of-text tokens.")
+    priority: int = Field(0, ge=-(1 << 31), lt=1 << 31, description="Lower goes first.")
+    cache_salt: str | None = Field(
+        None, max_length=512, description="Share cached prompt prefixes with requests of the same salt alone."
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="Variables of the model's chat template, such as enable_thinking."
+    )
+
+    def extensions(self) -> dict[str, Any]:
+        """These fields, for a ChatBody."""
+        return {name: getattr(self, name) for name in Extensions.model_fields}
+
+
 class Tool(Body):
     type: Literal["function"]
     function: dict[str, Any] = Field(description="name, description, parameters (a JSON schema), strict.")
+
+
+class FunctionName(Body):
+    name: str
+
+
+class NamedTool(Body):
+    type: Literal["function"]
+    function: FunctionName
 
 
 class ChatBody(SamplingBody):
@@ -114,11 +142,10 @@ class ChatBody(SamplingBody):
     logprobs: bool | None = Field(None, description="Send the log-probability of each token.")
     top_logprobs: int | None = Field(None, description="And of so many likeliest ones; up to 100.")
     tools: list[Tool] | None = Field(None, description="Functions that the model may call.")
-    tool_choice: Literal["auto", "none"] | None = Field(
-        None, description="'required' and named functions aren't served: leave the choice to the model."
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = Field(
+        None, description="Where it demands a call, the answer is one, of the tool's schema."
     )
     parallel_tool_calls: bool | None = Field(None, description="false: the first call alone.")
-    response_format: ResponseFormat | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
         None, description="For models whose chat template has such a switch; 'none' turns reasoning off."
     )
@@ -144,8 +171,8 @@ class ChatBody(SamplingBody):
     instead: ClassVar[dict[str, str]] = {
         "functions": "use tools",
         "function_call": "use tool_choice",
-        "tool_choice": "turbolm can't force a call yet: use 'auto' or 'none'",
-        "response_format.type": "formats other than text can't be guaranteed yet: ask for JSON in the prompt",
+        "tool_choice": 'use \'auto\', \'none\', \'required\' or {"type": "function", "function": {"name": …}}',
+        "response_format.type": "use 'text', 'json_object' or 'json_schema'",
         "store": "answers aren't stored: leave it out or send false",
     }
 

@@ -19,6 +19,7 @@ from turbolm.server.config import ServerConfig
 from turbolm.server.exchange import Exchange, Record
 from turbolm.server.failures import ApiError, busy, closing
 from turbolm.server.metrics import Metrics
+from turbolm.server.store import ResponseStore
 
 STUCK_SECONDS = 120.0  # without a step of the engine, while requests are at work
 _MAX_TOKEN_CHARS = 32  # longer tokens on average: not in any text that is meant to be read
@@ -35,6 +36,7 @@ class Service:
         self.metrics = Metrics(self.name, lambda: llm.stats, self._live)
         self.is_draining = False
         self.num_admitted = 0
+        self.store = ResponseStore(config.store) if config.store else None
         self._exchanges: set[Exchange] = set()
         self._steps = (0, time.perf_counter())  # of the engine, and when that number was first seen
 
@@ -152,6 +154,8 @@ class Service:
                 "version": __version__,
                 "config": values,
                 "reasons": list(reasons),
+                "kv_cache_tokens": config.pool_tokens,
+                "limits": self.config.limits,
                 "default_params": {k: v for k, v in asdict(self.llm.default_params).items() if v not in ({}, ())},
             }
         return shown

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from turbolm.server.answer import Answer
 from turbolm.server.exchange import Exchange
-from turbolm.server.failures import JsonResponse, to_api_error, to_json
+from turbolm.server.failures import ApiError, JsonResponse, to_api_error, to_json
 from turbolm.types import Usage
 
 PING = b": keep-alive\n\n"
@@ -33,7 +33,10 @@ class AnswerFormat(Protocol):
         """The events for what an answer has brought since its last chunk."""
 
     def ending(self, usage: Usage) -> bytes:
-        """The events after the last chunk, without [DONE]."""
+        """The events after the last chunk, which end the stream."""
+
+    def failure(self, error: ApiError) -> bytes:
+        """The events that end the stream with an error."""
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
         """All answers as one object."""
@@ -94,10 +97,10 @@ class AnswerResponse(Response):
 
     def _last(self, exchange: Exchange) -> bytes:
         if exchange.error is None:
-            return self._form.ending(exchange.usage) + DONE
+            return self._form.ending(exchange.usage)
         if exchange.record.outcome == "ok":
             exchange.record.outcome = "failed"
-        return b"data: " + to_json(to_api_error(exchange.error).body) + b"\n\n" + DONE
+        return self._form.failure(to_api_error(exchange.error))
 
 
 async def _watch(receive: Receive, exchange: Exchange) -> None:
@@ -105,6 +108,11 @@ async def _watch(receive: Receive, exchange: Exchange) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     exchange.leave()
+
+
+def error_event(error: ApiError) -> bytes:
+    """OpenAI's end of a stream that failed."""
+    return b"data: " + to_json(error.body) + b"\n\n" + DONE
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:

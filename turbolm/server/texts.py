@@ -13,7 +13,7 @@ from starlette.responses import Response
 from turbolm.errors import RequestError
 from turbolm.server.answer import finite
 from turbolm.server.body import read_body
-from turbolm.server.failures import JsonResponse, timed_out
+from turbolm.server.failures import ApiError, JsonResponse, timed_out
 from turbolm.server.schema import DetokenizeBody, ScoreBody, TokenizeBody
 from turbolm.server.service import Service
 from turbolm.types import Score
@@ -103,6 +103,13 @@ async def score(request: Request) -> Response:
             "logprobs": [None if value is None else finite(value) for value in scored.logprobs],
         }
     return JsonResponse(found)
+
+
+async def embeddings(_: Request) -> Response:
+    """Refused: the engine yields tokens and their log-probabilities, no hidden states."""
+    raise ApiError(
+        400, "embeddings are not served: turbolm generates text; ask a server of embedding models", code="not_served"
+    )
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, Score], service: Service) -> Score:

@@ -21,6 +21,7 @@ from turbolm.engine.engine import Engine, PendingStep, StepRunner
 from turbolm.engine.scheduler import Scheduler
 from turbolm.engine.step import Step, StepResult
 from turbolm.errors import CapacityError, EngineError, TurbolmError, UserError
+from turbolm.grammar import GrammarCompiler
 from turbolm.types import Output
 from turbolm.worker import wire
 
@@ -45,6 +46,8 @@ class EngineModel(Protocol):
     def scheduler(self) -> Scheduler: ...
     @property
     def runner(self) -> StepRunner: ...
+    @property
+    def grammars(self) -> GrammarCompiler | None: ...
 
 
 Load = Callable[[str, EngineConfig, bool], EngineModel]
@@ -82,7 +85,8 @@ class Process:
         path = None if model.path is None else str(model.path)
         self._channel.send("loaded", wire.VERSION, __version__, model.name, path, wire.pack_record(model.config))
         self._scheduler = model.scheduler
-        engine = Engine(model.scheduler, _WatchedRunner(model.runner, self._begin, self._die), self._deliver)
+        runner = _WatchedRunner(model.runner, self._begin, self._die)
+        engine = Engine(model.scheduler, runner, self._deliver, model.grammars)
         self._serve(engine, rest)
 
     def _first(self) -> list[wire.Message]:

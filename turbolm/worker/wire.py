@@ -32,7 +32,7 @@ import msgpack
 from turbolm import errors
 from turbolm.engine.step import SchedulerStats
 from turbolm.errors import EngineError, RequestError, TurbolmError
-from turbolm.types import Output, Request, SamplingParams, TokenLogprob, Usage
+from turbolm.types import Grammar, Output, Request, SamplingParams, TokenLogprob, Usage
 
 VERSION = 1  # of these messages
 Message = tuple[Any, ...]
@@ -43,7 +43,9 @@ _READ_BYTES = 1 << 18
 _STATS = tuple(field.name for field in dataclasses.fields(SchedulerStats))
 _stats_values = attrgetter(*_STATS)
 _PARAMS = tuple((field.name, getattr(SamplingParams(), field.name)) for field in dataclasses.fields(SamplingParams))
-_REQUEST = tuple(field.name for field in dataclasses.fields(Request) if field.name != "params")
+_REQUEST = tuple(
+    field.name for field in dataclasses.fields(Request) if field.name not in ("params", "compiled_grammar")
+)
 _KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, TurbolmError)]
 _ERRORS = {kind.__name__: kind for kind in _KINDS}
 
@@ -162,12 +164,18 @@ def pack_request(request: Request) -> Mapping[str, Any]:
     """Its fields; of the parameters those that are not as by default."""
     packed = {name: getattr(request, name) for name in _REQUEST}
     values = ((name, getattr(request.params, name), default) for name, default in _PARAMS)
-    packed["params"] = {name: value for name, value, default in values if value != default}
+    params = packed["params"] = {name: value for name, value, default in values if value != default}
+    grammar = request.params.grammar
+    if grammar is not None:
+        params["grammar"] = (grammar.kind, grammar.value, grammar.thoughts, grammar.parameter)
     return packed
 
 
 def unpack_request(packed: Mapping[str, Any]) -> Request:
-    return Request(**{**packed, "params": SamplingParams(**packed["params"])})
+    params = dict(packed["params"])
+    if "grammar" in params:
+        params["grammar"] = Grammar(*params["grammar"])
+    return Request(**{**packed, "params": SamplingParams(**params)})
 
 
 def pack_outputs(outputs: Sequence[Output], numbers: dict[tuple[str, int], int]) -> Message:

@@ -9,7 +9,7 @@ import torch
 from turbolm.errors import EngineError
 from turbolm.ops.cuda import compiler
 from turbolm.ops.cuda.linear import kernel_defines
-from turbolm.ops.cuda.plan import INT4, TILES, Output, tiles_of
+from turbolm.ops.cuda.plan import INT4, INT8, TILES, Output, Unit, tiles_of
 from turbolm.ops.cuda.wide import TILES as WIDE_TILES
 from turbolm.ops.cuda.wide import kernel_defines as wide_defines
 
@@ -65,12 +65,12 @@ def test_two_ctas_fit_an_sm_without_spilling(architecture, tile, output, dtype) 
     assert stack == 0
 
 
-@pytest.mark.parametrize("tokens", [8, 16])
-def test_two_ctas_of_4_bits_fit_an_sm_without_spilling(tokens: int) -> None:
-    tile = next(tile for tile in tiles_of(INT4[128]) if tile.tokens == tokens)
+@pytest.mark.parametrize(("unit", "tokens", "num_threads"), [(INT4[128], 8, 512), (INT4[32], 16, 256), (INT8, 8, 512)])
+def test_unpacking_variants_fit_an_sm_without_spilling(unit: Unit, tokens: int, num_threads: int) -> None:
+    tile = next(tile for tile in tiles_of(unit) if (tile.tokens, tile.num_threads) == (tokens, num_threads))
     defines = kernel_defines(tile, Output.PARTS, 0, torch.bfloat16)
     registers, stack = resources(compiler.compile_cubin(compiler.KERNELS / "linear.cu", defines, "sm_90"))
-    assert 2 * registers * tile.num_threads <= 65536
+    assert tile.min_ctas * registers * tile.num_threads <= 65536
     assert stack == 0
 
 

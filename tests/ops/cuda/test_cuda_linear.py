@@ -118,6 +118,7 @@ INT4_CASES = {
     "small groups, a ragged pass": (Tile(16, 2, 2, 2, 2), 32, Output.FLOATS, 13, 112, 640, 2, 1, True, B),
     "finished, with bias": (Tile(16, 4, 1, 1, 2), 64, Output.ELEMENTS, 9, 80, 384, 1, 1, True, H),
     "gated, shared by warps": (Tile(8, 1, 4, 2, 2), 128, Output.GATED, 8, 96, 640, 1, 1, True, B),
+    "sixteen warps": (Tile(8, 4, 4, 2, 3), 128, Output.PARTS, 6, 304, 1792, 2, 1, True, B),
     "gated, a warp each": (Tile(32, 4, 1, 1, 2), 64, Output.GATED, 31, 128, 512, 1, 1, False, H),
 }
 

@@ -94,3 +94,14 @@ def test_plans_fit_the_gpu_and_give_every_cta_items(t: int, n: int, k: int, grou
     assert arguments.share * plan.grid + arguments.share_extra == plan.num_items
     assert plan.row_tiles * plan.tile.warpgroups * 4 >= n and plan.token_tiles * plan.tile.tokens >= t
     assert plan.tile.shared_bytes(unit) <= H200.shared_per_cta and plan.tile in wide.TILES
+
+
+@pytest.mark.parametrize(("t", "tokens"), [(1, 16), (16, 16), (17, 32), (64, 64), (65, 128), (1000, 128)])
+def test_tiles_are_no_larger_than_x(t: int, tokens: int) -> None:
+    assert wide.plan_wide(t, 4096, 4096, INT4[128], H200).tile.tokens == tokens
+
+
+def test_tiles_are_cut_alike_where_sums_cost_more_than_idle_ctas() -> None:
+    """32 tiles of 128 rows: 128 CTAs have a quarter of one each; 132 would cut each into 6 parts."""
+    plan = wide.plan_wide(64, 4096, 4096, INT4[128], H200)
+    assert plan.grid == 128 and plan.num_items % plan.grid == 0

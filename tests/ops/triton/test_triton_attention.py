@@ -318,9 +318,8 @@ def test_plans_fit(spec: AttentionSpec, shared: int, longest: int, size: int, ki
     for num_sequences, max_context in ((1, 8192), (64, 512)):
         decode = plan_decode(spec, cache, 132, shared << 10, num_sequences, max_context)
         assert decode.programs >= 132
-        per_sm = decode.programs // 132
         tiles = (decode.num_stages - 1) * decode.tile * shape.bytes_per_token(*kinds) // spec.num_kv_heads
-        assert per_sm == 1 or per_sm * tiles <= shared << 10
+        assert tiles <= shared << 10
 
 
 kinds = st.sampled_from([("int8", "int8"), ("int4", "int4"), ("fp8", "fp8"), ("int8", "int4"), (None, "int4"),

@@ -142,7 +142,8 @@ def _launch(
     kernel = _kernel(plan.tile, output, activation, dtype, device_index)
     overlap = overlap and torch.cuda.get_device_capability(device_index) >= (9, 0)
     grid = (plan.groups, plan.splits)
-    return Launch(kernel, grid, plan.tile.num_threads, plan.shared_bytes, arguments, overlap=overlap)
+    shared_bytes = plan.asked_bytes(gpu_of(device_index))
+    return Launch(kernel, grid, plan.tile.num_threads, shared_bytes, arguments, overlap=overlap)
 
 
 @functools.cache
@@ -162,7 +163,7 @@ def kernel_defines(tile: Tile, output: Output, activation: int, dtype: torch.dty
         "WARPS_K": tile.warps_k,
         "TILES_M": tile.tiles_m,
         "DEPTH": tile.depth,
-        "MIN_CTAS": 2,
+        "MIN_CTAS": tile.min_ctas,
         "OUTPUT": int(output),
         "ACTIVATION": activation,
         "WEIGHTS": tile.unit.weights,

@@ -1,7 +1,8 @@
 """How kernels/linear.cu is laid out over a GPU for a shape: the kernel's variant, grid and shared memory.
 
-The kernel is bound by memory, so nearly any layout that keeps enough bytes in flight comes close; the
-estimate below weighs what sets them apart. Rates are an H200's; only their ratios matter.
+With weights of 16 bits the kernel is bound by memory, so nearly any layout that keeps enough bytes in flight comes
+close. Others must be unpacked, which takes warps about as long as memory takes: there, the units that each warp has
+in turn decide. The estimates below weigh what sets layouts apart. Rates are an H200's; only their ratios matter.
 """
 
 from __future__ import annotations
@@ -29,6 +30,13 @@ _LATE_START = 1.0  # of a kernel that can't share SMs with the one before
 _PASS = 0.05  # of adding up over warps
 _IMBALANCE = 0.15  # of the time that a CTA works longer than the mean
 
+# The same of weights that are unpacked, fitted to the times of 233 layouts (docs/log.md; rms 6%).
+_STREAM = 50_000.0  # what a CTA reads in pieces of its ring
+_UNIT = 0.16  # a warp's unit, by 8 tokens
+_UNPACKED_PASS = 0.25  # of 8 tokens
+_X = 25_000.0  # what a CTA copies of x before it begins
+_PART = 0.15  # what another part costs its consumer
+
 
 class Output(IntEnum):
     """What the kernel writes; the numbers are the kernel's."""
@@ -47,6 +55,11 @@ class Unit:
     num_bytes: int
     weights: int = 0  # the kernel's number of the layout
     groups: int = 0  # of k with a scale each
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether weights are of the dtype of x."""
+        return self.weights == 0
 
 
 DENSE, INT8, FP8 = Unit(64, 2048), Unit(128, 2048, 2), Unit(128, 2048, 3)
@@ -68,6 +81,11 @@ class Tile:
     @property
     def num_threads(self) -> int:
         return 32 * self.warps_m * self.warps_k
+
+    @property
+    def min_ctas(self) -> int:
+        """That an SM's registers must hold: 128 per thread."""
+        return 512 // self.num_threads
 
     @property
     def pass_tiles(self) -> int:
@@ -98,13 +116,14 @@ TILES = tuple(
 )
 
 
-#: The same for units of 4 bits. A warp reads x from shared memory once for all its row tiles: there are more of those.
+#: Variants for units of 4 bits. A warp reads x from shared memory once for all its row tiles: there are more of those.
 INT4_TILES = tuple(
     Tile(*sizes)
     for sizes in (
-        *((8, m, 8 // m, 2, depth) for m in (1, 2, 4) for depth in (2, 3, 4)),
+        *((8, m, 16 // m, 2, depth) for m in (1, 2, 4) for depth in (2, 3)),
+        *((8, m, 8 // m, 2, depth) for m in (1, 2, 4) for depth in (2, 4)),
         *((8, 2, 4, 1, 4), (8, 4, 2, 1, 4), (8, 1, 8, 1, 4)),
-        *((16, m, 8 // m, 2, depth) for m in (1, 2, 4) for depth in (2, 3, 4)),
+        *((16, m, 8 // m, 2, depth) for m in (1, 2, 4) for depth in (2, 4)),
         *((16, 2, 4, 1, 4), (16, 4, 2, 1, 4), (16, 8, 1, 1, 4)),
         *((32, 2, 4, 2, 4), (32, 4, 2, 2, 3), (32, 4, 2, 2, 4), (32, 4, 2, 1, 4), (32, 8, 1, 1, 4), (32, 8, 1, 1, 2)),
         *((64, 4, 2, 1, 4), (64, 8, 1, 1, 4), (64, 8, 1, 1, 2)),
@@ -112,9 +131,22 @@ INT4_TILES = tuple(
 )
 
 
+#: Variants for units of 8 bits, beside `TILES`: more warps, as those unpack.
+EIGHT_BIT_TILES = tuple(
+    Tile(*sizes)
+    for sizes in (
+        *((8, m, 16 // m, 1, depth) for m in (1, 2, 4) for depth in (2, 4)),
+        *((8, m, 8 // m, 2, 2) for m in (1, 2, 4)),
+        *((16, m, 16 // m, 1, 2) for m in (1, 2, 4)),
+    )
+)
+
+
 def tiles_of(unit: Unit) -> tuple[Tile, ...]:
     """The variants for a kind of weights."""
-    return tuple(replace(tile, unit=unit) for tile in (INT4_TILES if unit.groups else TILES))
+    if unit.is_dense:
+        return TILES
+    return tuple(replace(tile, unit=unit) for tile in (INT4_TILES if unit.groups else (*TILES, *EIGHT_BIT_TILES)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +170,7 @@ class Plan:
     num_units: int  # of k
     resident: bool  # whether shared memory holds a CTA's whole part of x
     prefetch_bytes: int = PREFETCH_BYTES
+    alone: bool = False  # whether a CTA asks for more than half of an SM's shared memory, see `needs_sm`
 
     @property
     def cta_tiles(self) -> int:
@@ -177,9 +210,9 @@ class Plan:
 
     @property
     def is_fast_beside_others(self) -> bool:
-        """Whether the kernel gains by starting while the one before it runs. A large product is slower so (8B
-        gate and up at one row: 67 µs instead of 60): two kernels then share each SM's memory."""
-        return self.num_bytes <= LARGE
+        """Whether the kernel gains by starting while the one before it runs. A large product of 16 bits is slower so
+        (8B gate and up at one row: 67 µs instead of 60)."""
+        return not self.tile.unit.is_dense or self.num_bytes <= LARGE
 
     @property
     def x_bytes(self) -> int:
@@ -190,13 +223,45 @@ class Plan:
     def shared_bytes(self) -> int:
         return self.tile.ring_bytes + self.x_bytes + self.tile.sum_bytes
 
+    def asked_bytes(self, gpu: Gpu) -> int:
+        """Of shared memory, at the launch."""
+        return max(self.shared_bytes, gpu.shared_per_sm // 2) if self.alone else self.shared_bytes
+
     def shares_sm(self, gpu: Gpu) -> bool:
         """Whether an SM has room for two CTAs: then the next kernel's may start before this one's ends."""
         return 2 * (self.shared_bytes + _RESERVED_SHARED) <= gpu.shared_per_sm
 
 
+def needs_sm(num_ctas: int, gpu: Gpu) -> bool:
+    """Whether CTAs of a kernel that starts beside the one before it must have an SM each.
+
+    Where an SM has room for two, those SMs that the kernel before left free get two of this one's, which then take
+    longest (7B qkv in 4 bits, 128 CTAs, one row: 15.3 µs; 12.0 apart; 11.1 with an SM each). None are left free if the
+    CTAs are as many as SMs.
+    """
+    return num_ctas % gpu.num_sms != 0
+
+
 def estimate(plan: Plan, output: Output, gpu: Gpu) -> float:
     """Microseconds."""
+    return _estimate_dense(plan, output, gpu) if plan.tile.unit.is_dense else _estimate_unpacked(plan, gpu)
+
+
+def _estimate_unpacked(plan: Plan, gpu: Gpu) -> float:
+    tile = plan.tile
+    blocks = tile.tokens // 8
+    units = plan.passes * tile.tiles_m * -(-plan.cta_units // tile.warps_k)
+    x_bytes = plan.cta_units * tile.tokens * tile.unit.k * 2 * (1 if plan.resident else plan.passes)
+    work = plan.cta_bytes / _STREAM + units * blocks * _UNIT
+    return (
+        max(work, plan.num_bytes / (_HBM * gpu.num_sms))
+        + x_bytes / _X
+        + plan.passes * blocks * _UNPACKED_PASS
+        + plan.splits * _PART
+    )
+
+
+def _estimate_dense(plan: Plan, output: Output, gpu: Gpu) -> float:
     tile, unit, grid = plan.tile, plan.tile.unit, plan.groups * plan.splits
     features = plan.num_tiles * (8 if output is Output.GATED else 16)
     x_unit = tile.tokens * unit.k * 2
@@ -238,11 +303,13 @@ def plan_linear(num_tokens: int, n: int, k: int, output: Output, gpu: Gpu, unit:
         for splits in range(1, max_splits + 1):
             cta_tiles = -(-num_tiles // min(num_tiles, gpu.num_sms // splits))
             groups = -(-num_tiles // cta_tiles)
-            plans.append(Plan(tile, groups, splits, num_tiles, num_units, resident=True))
+            alone = not unit.is_dense and needs_sm(groups * splits, gpu)
+            plans.append(Plan(tile, groups, splits, num_tiles, num_units, resident=True, alone=alone))
             if plans[-1].cta_units > X_BUFFERS * tile.slice_units:
-                plans.append(Plan(tile, groups, splits, num_tiles, num_units, resident=False))
+                plans.append(replace(plans[-1], resident=False))
     fitting = [plan for plan in plans if plan.shared_bytes <= gpu.shared_per_cta]
-    return min(fitting, key=lambda plan: estimate(plan, output, gpu), default=None)
+    # Of equals, the one with the most in flight: much of that is there before x is.
+    return min(fitting, key=lambda plan: (estimate(plan, output, gpu), -plan.tile.ring_bytes), default=None)
 
 
 def supports_shape(num_tokens: int, n: int, k: int, unit: Unit = DENSE) -> bool:

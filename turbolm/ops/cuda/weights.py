@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 _FEW_ROWS = 16
 _FEW_ROWS_OF_SMALL = 32  # … with 16-bit weights of at most
 _LARGE = 16 << 20  # bytes
-_FEW_ROWS_OF_INT4 = 16
+_FEW_ROWS_OF_INT4 = 8
 _INT8_ROWS = 32  # torch._int_mm takes more than 16
-_WIDE_ROWS = 1024  # up to which weights of 4 bits are unpacked in the product
-_UNPACKED_BYTES = 64 << 20  # of weights at a time, beyond that
+_WIDE_ROWS = 768  # up to which weights of 4 bits are unpacked in the product
+_UNPACKED_BYTES = 256 << 20  # of weights at a time, beyond that: most matrices whole
 
 
 @dataclass(slots=True)
@@ -144,21 +144,28 @@ class Int4Linear:
         return x_tk if self.columns is None else x_tk.index_select(1, self.columns)
 
     def _multiply_unpacked(self, x_tk: Tensor, out_tn: Tensor) -> None:
-        """Slice by slice: what a slice is unpacked to is multiplied while the cache has it."""
+        """Slice by slice where the matrix is large. A slice's rows are from both halves of the output."""
         half, k = self.out_features // 2, self.in_features
         num_tiles = self.matrix.units.shape[0]
-        step = max(1, _UNPACKED_BYTES // (16 * k * x_tk.element_size()))
-        scratch = x_tk.new_empty((2, 8 * min(step, num_tiles), k))
+        step = min(num_tiles, max(1, _UNPACKED_BYTES // (16 * k * x_tk.element_size())))
+        scratch = x_tk.new_empty((2, 8 * step, k))
+        if step == num_tiles:
+            unpack_int4(self.matrix.units, scratch)
+            _multiply_into(x_tk, scratch.view(2 * half, k), out_tn)
+            return
         for tile in range(0, num_tiles, step):
             units = self.matrix.units[tile : tile + step]
             rows = 8 * units.shape[0]
             unpack_int4(units, scratch[:, :rows])
             for i in range(2):
-                weight, columns = scratch[i, :rows], out_tn[:, i * half + 8 * tile :][:, :rows]
-                if out_tn.dtype == x_tk.dtype:
-                    torch.mm(x_tk, weight.T, out=columns)
-                else:
-                    columns.copy_(torch.mm(x_tk, weight.T, out_dtype=out_tn.dtype))
+                _multiply_into(x_tk, scratch[i, :rows], out_tn[:, i * half + 8 * tile :][:, :rows])
+
+
+def _multiply_into(x_tk: Tensor, weight: Tensor, out_tn: Tensor) -> None:
+    if out_tn.dtype == x_tk.dtype:
+        torch.mm(x_tk, weight.T, out=out_tn)
+    else:
+        out_tn.copy_(torch.mm(x_tk, weight.T, out_dtype=out_tn.dtype))
 
 
 @dataclass(slots=True)

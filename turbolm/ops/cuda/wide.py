@@ -17,17 +17,18 @@ from turbolm.ops.cuda.compiler import KERNELS, compile_cubin, cuda_kernels_error
 from turbolm.ops.cuda.int4 import Int4Matrix
 from turbolm.ops.cuda.launch import Kernel, Launch
 from turbolm.ops.cuda.linear import ACTIVATIONS, gpu_of
-from turbolm.ops.cuda.plan import Gpu, Output, Unit
+from turbolm.ops.cuda.plan import Gpu, Output, Unit, needs_sm
 
 _CAPABILITY = (9, 0)  # wgmma is of this architecture alone
 _ITEM_K = 128
 
-# Microseconds and bytes of one SM; rates are an H200's.
-_PRODUCT = 0.05  # 64 rows by 128 tokens by 16 k
-_UNPACK = 0.009  # 64 rows by 16 k
+# Microseconds and bytes of one SM, an H200's, fitted to the times of 74 layouts (docs/log.md; rms 5%).
 _HBM = 34_500.0
-_L2 = 42_000.0
-_ONE_READER = 100_000.0  # what one CTA reads from L2
+_ITEM = 0.07
+_UNPACK = 0.15  # of an item, per warpgroup: its steps follow each other
+_PRODUCT = 0.25  # 64 rows by 128 tokens by 128 k
+_PART = 0.65  # another CTA's sums: for them to be there,
+_PART_BYTES = 140_000.0  # and to be read
 
 
 class Arguments(ctypes.Structure):
@@ -66,9 +67,11 @@ class WideTile:
 
 
 TILES = (
+    *(WideTile(16, warpgroups, 6) for warpgroups in (4, 2)),
     *(WideTile(32, warpgroups, 6) for warpgroups in (4, 2)),
-    *(WideTile(64, warpgroups, 6) for warpgroups in (4, 2)),
-    *(WideTile(128, warpgroups, 4) for warpgroups in (4, 2)),
+    WideTile(64, 4, 4, 4),
+    WideTile(64, 2, 6),
+    *(WideTile(128, warpgroups, 4, 4) for warpgroups in (4, 2)),
 )
 
 
@@ -91,16 +94,13 @@ def estimate(plan: WidePlan, unit: Unit, num_rows: int, gpu: Gpu) -> float:
     """Microseconds."""
     tile = plan.tile
     weights = num_rows // 16 * plan.units * unit.num_bytes
-    item = max(
-        8 * tile.warpgroups * tile.tokens / 128 * _PRODUCT,
-        8 * tile.warpgroups * _UNPACK,
-        tile.item_bytes(unit) / _L2,
-    )
-    share = -(-plan.num_items // plan.grid)
-    others = min(plan.grid - 1, -(-plan.units // max(1, plan.num_items // plan.grid)))  # that have part of a tile
-    if plan.units % share == 0:
+    item = _ITEM + tile.warpgroups * (_UNPACK + tile.tokens / 128 * _PRODUCT)
+    share, is_uneven = -(-plan.num_items // plan.grid), plan.num_items % plan.grid
+    others = min(plan.grid - 1, -(-plan.units // (plan.num_items // plan.grid)))  # that have part of a tile
+    if not is_uneven and plan.units % share == 0:
         others = plan.units // share - 1
-    return max(share * item, weights / (_HBM * gpu.num_sms)) + others * tile.partial_bytes / _ONE_READER
+    parts = others * (_PART + tile.partial_bytes / _PART_BYTES)
+    return max(share * item, weights / (_HBM * gpu.num_sms)) + parts
 
 
 @functools.cache
@@ -111,8 +111,11 @@ def plan_wide(num_tokens: int, n: int, k: int, unit: Unit, gpu: Gpu) -> WidePlan
     tokens = next((tile.tokens for tile in TILES if tile.tokens >= num_tokens), largest)
     for tile in (tile for tile in TILES if tile.tokens == tokens):
         row_tiles, token_tiles = -(-n // (64 * tile.warpgroups)), -(-num_tokens // tokens)
-        num_items = row_tiles * token_tiles * (k // _ITEM_K)
-        for grid in {min(gpu.num_sms, num_items), min(gpu.num_sms, row_tiles * token_tiles)}:
+        num_tiles = row_tiles * token_tiles
+        num_items = num_tiles * (k // _ITEM_K)
+        # as many as can be; a tile each; as many as cut all tiles alike
+        grids = (gpu.num_sms, num_tiles, gpu.num_sms // num_tiles * num_tiles or gpu.num_sms)
+        for grid in {min(gpu.num_sms, num_items, grid) for grid in grids}:
             plans.append(WidePlan(tile, grid, row_tiles, token_tiles, k // _ITEM_K))
     fitting = [plan for plan in plans if plan.tile.shared_bytes(unit) <= gpu.shared_per_cta]
     return min(fitting, key=lambda plan: estimate(plan, unit, n, gpu))
@@ -185,7 +188,9 @@ def _launch(
     sums, flags = scratch(device_index)
     arguments.partials, arguments.flags = sums.data_ptr(), flags.data_ptr()
     kernel = _kernel(plan.tile, unit, output, activation, dtype, device_index)
-    shared_bytes = plan.tile.shared_bytes(unit)
+    shared_bytes, gpu = plan.tile.shared_bytes(unit), gpu_of(device_index)
+    if needs_sm(plan.grid, gpu):
+        shared_bytes = max(shared_bytes, gpu.shared_per_sm // 2)
     return Launch(kernel, (plan.grid, 1), plan.tile.num_threads, shared_bytes, arguments, overlap=overlap)
 
 

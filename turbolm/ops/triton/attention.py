@@ -29,7 +29,7 @@ from turbolm.types import Batch
 log = logging.getLogger(__name__)
 
 FEW_ROWS = 64  # query rows (tokens x heads of a group) up to which a chunk goes to the decode kernel
-CUDNN_ROWS = 512  # tokens from which a chunk without cached context goes to cuDNN
+CUDNN_ROWS = 2048  # tokens from which a chunk without cached context goes to cuDNN, a call for each
 _MAX_PAIRS = 1 << 17  # sequences x kv heads of a step
 
 

@@ -67,13 +67,13 @@ def skipped_rows(num_rows: int, context: int, skip: int) -> int:
 
 # The arrays of a step's sequences begin anywhere: a variant for each alignment would be compiled while requests wait.
 @triton.jit(
-    do_not_specialize=["num_sequences", "table_stride"],
+    do_not_specialize=["num_sequences", "table_stride", "skip"],
     do_not_specialize_on_alignment=["tables", "contexts", "starts"],
 )
 def _prefill_kernel(
     q, k_pool, v_pool, k_scales, v_scales, tables, contexts, starts, out,
-    q_stride, k_stride, v_stride, table_stride, out_stride, num_sequences, scale,
-    GROUP: tl.constexpr, SKIP: tl.constexpr, SKIP_MULTIPLE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    q_stride, k_stride, v_stride, table_stride, out_stride, num_sequences, skip, scale,
+    GROUP: tl.constexpr, SKIP_MULTIPLE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     SEQUENCES: tl.constexpr, PDL: tl.constexpr,
     KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, K_COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr, V_COLUMNS: tl.constexpr, V_WIDTH: tl.constexpr, K_KIND: tl.constexpr, V_KIND: tl.constexpr,
@@ -90,10 +90,8 @@ def _prefill_kernel(
     seqs = tl.arange(0, SEQUENCES)
     present = seqs < num_sequences
     counts = tl.load(starts + seqs + 1, mask=present, other=0) - tl.load(starts + seqs, mask=present, other=0)
-    left = counts
-    if SKIP > 0:
-        fresh = (counts >= SKIP) & (counts == tl.load(contexts + seqs, mask=present, other=0))
-        left = tl.where(fresh, counts % SKIP_MULTIPLE, counts)
+    fresh = (skip > 0) & (counts >= skip) & (counts == tl.load(contexts + seqs, mask=present, other=0))
+    left = tl.where(fresh, counts % SKIP_MULTIPLE, counts)
     needed = tl.cdiv(left, TOKENS)
     sequence = tl.sum((tl.cumsum(needed, 0) <= index).to(tl.int32), 0)
     index -= tl.sum(tl.where(seqs < sequence, needed, 0), 0)
@@ -200,7 +198,7 @@ def prefill_attention(
     _prefill_kernel[(spec.num_kv_heads, needed)](
         qkv_tw, k, v, k_scales, v_scales, block_tables, context_lens, query_start, out,
         qkv_tw.stride(0), k.stride(0), v.stride(0), block_tables.stride(0), out.stride(0),
-        len(chunks), spec.scale, GROUP=group, SKIP=skip, SKIP_MULTIPLE=MULTIPLE, ROWS=plan.rows, TILE=plan.tile,
+        len(chunks), skip, spec.scale, GROUP=group, SKIP_MULTIPLE=MULTIPLE, ROWS=plan.rows, TILE=plan.tile,
         SEQUENCES=padded_count(len(chunks)), PDL=pdl, num_warps=plan.num_warps, num_stages=plan.num_stages,
         **shapes(cache, spec), **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

@@ -83,19 +83,15 @@ def _store_codes(
         second = _code(second, scale.to(tl.float32), minimum.to(tl.float32), LEVEL)
     ROW: tl.constexpr = HALF if LEVEL == 15 else DIM
     token = slot % BLOCK_SIZE
-    if PAIRED:
-        base = token // 2 * (2 * ROW) + token % 2
-        step: tl.constexpr = 2
-    else:
-        base = token * ROW
-        step: tl.constexpr = 1
+    STEP: tl.constexpr = 2 if PAIRED else 1
+    base = token // STEP * (STEP * ROW) + token % STEP
     base += slot // BLOCK_SIZE * block_stride
-    target = pool + (base + head * head_stride)[:, None] + index[None, :] * step
+    target = pool + (base + head * head_stride)[:, None] + index[None, :] * STEP
     if LEVEL == 15:
         tl.store(target, (first | second << 4).to(tl.uint8), mask=mask)
     else:
         tl.store(target, first.to(tl.uint8), mask=mask)
-        tl.store(target + HALF * step, second.to(tl.uint8), mask=mask)
+        tl.store(target + HALF * STEP, second.to(tl.uint8), mask=mask)
 
 
 @triton.jit

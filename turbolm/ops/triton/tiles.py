@@ -17,7 +17,7 @@ INT4 each nibble, of all numbers is one factor of a product over the half, or qu
                 of V: position 2j + n // 2, dimension i + n % 2 * V_DIM / 2
 """
 
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, assignment"
 from __future__ import annotations
 
 from dataclasses import replace
@@ -61,11 +61,12 @@ def pair_tokens(cache: LayerCache) -> LayerCache:
     positions, [.., block_size / 2, bytes of a head, 2]."""
     if cache.v.itemsize > 1:
         return cache
-    pairs = cache.v.view(torch.uint8).unflatten(-2, (-1, 2)).transpose(-1, -2)
+    *rows, size, num_bytes = cache.v.shape
+    pairs = cache.v.view(torch.uint8).view(*rows, size // 2, 2, num_bytes).transpose(-1, -2)
     return replace(cache, v=pairs.reshape(cache.v.shape).view(cache.v.dtype))
 
 
-def shapes(cache: LayerCache, spec: AttentionSpec) -> dict[str, int]:
+def shapes(cache: LayerCache, spec: AttentionSpec) -> dict[str, float]:
     """The constants of a kernel that reads this cache. Columns are numbers of the size that it reads in a row of a
     tile, widths what tiles have."""
     k_columns = spec.head_dim // {"int8": 2, "fp8": 2, "int4": 4}.get(cache.kind_k, 1)

@@ -1,0 +1,96 @@
+"""How many bytes a model takes: what `config.resolve` allots, and what `turbolm plan` foretells.
+
+Norms and biases are left out: they are less than a thousandth of a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from turbolm.kv import KvShape
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+#: Bytes per weight of the layers, as kernels keep them: on the CPU in blocks of 32.
+_FORMAT_BYTES = {
+    "cpu": {"int4": 20 / 32, "int8": 34 / 32, "fp8": 34 / 32},
+    "cuda": {"int4": 17 / 32, "int8": 1.0, "fp8": 1.0},  # int4: 32 bits per group of 128
+}
+_RESERVE = 300 << 20  # bytes for everything but weights and KV cache
+_GRAPHS = 1 << 30  # bytes for CUDA graphs and the workspaces of libraries
+_COMMUNICATION = 1 << 30  # bytes for what several processes take to work together, on each GPU
+
+
+@dataclass(frozen=True, slots=True)
+class ModelNeeds:
+    """What `resolve` has to know of a model: read from headers, before any weight is loaded."""
+
+    name: str
+    max_context: int  # what it was trained for
+    packed_bytes: int  # weights as they lie in the file
+    num_parameters: int
+    kv_layers: tuple[KvShape, ...]  # what each layer keeps of a token
+    num_logits: int  # vocabulary
+    activation_elements: int = 0  # per token of a step, where a layer holds the most
+    layer_parameters: int = 0  # those of `num_parameters` that are in matrices of layers
+    packed: tuple[str, ...] = ()  # formats of the layers' matrices, where these are quantized
+    has_column_order: bool = False  # quantized in an order of columns, for which the CPU has no kernels
+
+
+@dataclass(frozen=True, slots=True)
+class WorkingMemory:
+    """Bytes beside weights and KV cache, on one device."""
+
+    reserve: int  # for everything that isn't counted
+    logits: int
+    activations: int  # of the largest step
+    graphs: int
+    communication: int
+
+    @property
+    def total(self) -> int:
+        return self.reserve + self.logits + self.activations + self.graphs + self.communication
+
+
+def working_memory(
+    model: ModelNeeds, device: str, dtype: str, max_batch_tokens: int, max_logit_rows: int, tensor_parallel: int
+) -> WorkingMemory:
+    """`dtype`: of activations. On the CPU the reserve covers them."""
+    on_gpu = device != "cpu"
+    return WorkingMemory(
+        reserve=_RESERVE,
+        logits=max_logit_rows * model.num_logits * 4,
+        activations=max_batch_tokens * model.activation_elements * ITEM_BYTES[dtype] if on_gpu else 0,
+        graphs=_GRAPHS if on_gpu else 0,
+        communication=_COMMUNICATION if on_gpu and tensor_parallel > 1 else 0,
+    )
+
+
+def weight_bytes(model: ModelNeeds, device: str, dtype: str, *, unpack: bool, rounded: str) -> int:
+    """The weights as the backend keeps them. `dtype`: of activations; `rounded`: what unquantized weights are
+    rounded to at load, or "auto"."""
+    if unpack:
+        return model.num_parameters * ITEM_BYTES[dtype]
+    if device == "cuda":
+        return _gpu_weight_bytes(model, ITEM_BYTES[dtype], rounded)
+    rates = _FORMAT_BYTES[device]
+    formats = [name for name in (model.packed if rounded == "auto" else (rounded,)) if name in rates]
+    if not formats:
+        return model.packed_bytes
+    rate = 2.0 if model.has_column_order else max(rates[name] for name in formats)
+    rest_rate = 2.0 if rounded == "auto" else rates["int8"]  # rounding takes the vocabulary's matrices too
+    rest = model.num_parameters - model.layer_parameters
+    return int(model.layer_parameters * rate) + int(rest * rest_rate)
+
+
+def _gpu_weight_bytes(model: ModelNeeds, item_bytes: int, rounded: str) -> int:
+    """Formats without kernels are unpacked, and fp8 in files, which may have blocks, is counted as if it were. int4
+    has 32 bits per group, where files have 16 to 20."""
+    rest = (model.num_parameters - model.layer_parameters) * item_bytes
+    if rounded != "auto":
+        return int(model.layer_parameters * _FORMAT_BYTES["cuda"][rounded]) + rest
+    if not model.packed or not set(model.packed) <= {"int4", "int8"}:
+        return model.num_parameters * item_bytes
+    if "int8" in model.packed:
+        return model.layer_parameters + rest
+    codes = model.layer_parameters // 2
+    return rest + codes + 2 * max(0, model.packed_bytes - rest - codes)

@@ -20,7 +20,7 @@ ui: $(VENV)/.ui-installed  ## chat with MODEL (or a server's http:// address) in
 	@$(BIN)/turbolm ui $${MODEL:+"$$MODEL"} $(ARGS)
 
 test: $(VENV)/.test-installed  ## run every test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-browser: $(VENV)/.test-installed  ## the chat page in headless Chromium, which has to be there already
 	$(PIP_INSTALL) 'playwright>=1.50'

@@ -117,7 +117,7 @@ def gpu_comparison(model: str, language: str) -> str:
     machine = record["machine"]
     gpus = machine["gpus"]
     device = machine["cpu"] if not gpus else gpus[0] if len(gpus) == 1 else f"{len(gpus)} {gpus[0]}"
-    options = [record.get("model", model.split("_", maxsplit=1)[0]), *record["flags"].get("option", ())]
+    options = [record.get("model", model.split("_", maxsplit=1)[0]), *record.get("flags", {}).get("option", ())]
     about = f"{', '.join(options)}, {words['on']} {device}, {machine['date'][:10]}"
     return "\n".join([*lines, "", f"<sub>{about}</sub>"])
 

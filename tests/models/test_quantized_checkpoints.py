@@ -218,8 +218,8 @@ def test_what_is_quantized_is_not_rounded_again(tmp_path: Path, smollm2_path: Pa
     ("packed", "weights", "needed"),
     [
         ((), "auto", "14.0 GB"),
-        ((), "int8", "7.91 GB"),
-        ((), "fp8", "7.91 GB"),
+        ((), "int8", "7.44 GB"),
+        ((), "fp8", "7.44 GB"),
         ((), "int4", None),
         (("int4",), "auto", None),
         (("int8",), "auto", "7.91 GB"),

@@ -36,8 +36,14 @@ def ranks() -> Iterator[tuple[RankProcesses, list[int]]]:
 
 
 def until_gone(pids: list[int]) -> None:
+    def is_there(pid: int) -> bool:
+        try:
+            return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
     end = time.monotonic() + 10
-    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids):
+    while any(map(is_there, pids)):
         assert time.monotonic() < end, "a process is left"
         time.sleep(0.02)
 

@@ -24,7 +24,7 @@ class Efficiency:
 
 
 #: Of an H200, bfloat16, W1, W5 and W6 in benchmarks/results.
-GPU = Efficiency(weights=0.87, kv=0.61, arithmetic=0.88, layer_seconds=18.3e-6, exchange_seconds=9e-6)
+GPU = Efficiency(weights=0.886, kv=0.916, arithmetic=1.019, layer_seconds=20e-6, exchange_seconds=8.1e-6)
 #: Rough: SmolLM2 on two cores beside what `turbolm bench kernels` measures of them.
 CPU = Efficiency(weights=0.9, kv=0.5, arithmetic=1.3, layer_seconds=20e-6)
 

@@ -83,6 +83,7 @@ class SupervisedEngine:
         self._num_failures = 0  # in a row
         self._is_warm = threading.Event()
         self._closing = threading.Event()
+        self._close_by = 0.0  # when a process that still runs is killed
         self._loaded = threading.Event()  # or it is known that it can't be
         self._load_error: TurbolmError | None = None
         self.name = model
@@ -125,6 +126,8 @@ class SupervisedEngine:
     def close(self) -> None:
         """Cancel what is left, and end the process. Idempotent."""
         with self._lock:
+            if not self._closing.is_set():
+                self._close_by = time.monotonic() + _CLOSE_SECONDS
             self._closing.set()
             self._fail_all(EngineError("the engine was closed"))
             if self._worker is not None:
@@ -205,6 +208,8 @@ class SupervisedEngine:
                 break
             except EngineError as error:
                 hung = f"was killed: {error}"
+            if not hung and self._closing.is_set() and time.monotonic() > self._close_by:
+                hung = "didn't end when it was told to, and was killed"
             limit = self._supervision.step_timeout
             if not hung and limit and self._is_stuck(limit):
                 hung = f"made no step for {limit:g} s, and was killed"

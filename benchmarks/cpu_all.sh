@@ -18,6 +18,8 @@ run benchmarks/cpu_vs_llamacpp.py --save ${1:+--model "$1"}
 run benchmarks/cpu_context.py --save cpu_context
 run benchmarks/cpu_start.py --save cpu_start
 run benchmarks/cpu_quality.py --save cpu_quality_smollm2
+run benchmarks/cpu_formats.py --save cpu_formats
+run benchmarks/convert_start.py --save convert_start
 run benchmarks/vs_transformers.py --save vs_transformers
 run benchmarks/tables.py
 run benchmarks/plots.py

@@ -19,26 +19,17 @@ from typing import Any
 import numpy as np
 from llamacpp import LlamaCppEngine
 from measure import machine, save
+from questions import QUESTIONS, TEXT, WINDOW, windows_of
 
 from turbolm import LLM, Output, SamplingParams
 from turbolm.config import DEFAULT_MODEL
 from turbolm.hub import fetch
 
-TEXT = (Path(__file__).parent / "data" / "gpl-3.txt").read_text()
-WINDOW = 512
 KL_WINDOWS = 4  # the KL divergence is of the first ones only
-QUESTIONS = [
-    "Why is the sky blue?", "Name three primary colours.", "Write a haiku about rain.", "What is a prime number?",
-    "Explain recursion to a child.", "Who was Ada Lovelace?", "What is 17 + 25?", "Translate 'good morning' to German.",
-    "Give me a recipe for pancakes.", "What causes tides?", "Write a Python function that reverses a string.",
-    "What is the boiling point of water?", "Summarize the plot of Romeo and Juliet.", "How do vaccines work?",
-    "List the planets of the solar system.", "What is the difference between a list and a tuple in Python?",
-]  # fmt: skip
 
 
 def windows(llm: LLM) -> list[list[int]]:
-    ids = llm.tokenizer.encode(TEXT)
-    return [ids[start : start + WINDOW] for start in range(0, len(ids) - WINDOW + 1, WINDOW)]
+    return windows_of(llm.tokenizer.encode(TEXT.read_text(encoding="utf-8")))
 
 
 def scored(llm: LLM) -> list[Output]:
@@ -86,14 +77,15 @@ def main() -> None:
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     options = parser.parse_args()
     path = str(fetch(options.model).path)
+    text = TEXT.read_text(encoding="utf-8")
     size = {"max_context": 1024, "max_batch_size": 16}
     found: dict[str, Any] = {}
     with LLM(path, dtype="float32", **size) as exact:
         exact_scores, exact_answers = scored(exact), answers(exact)
-        found["perplexity, float32"] = exact.score(TEXT, window=WINDOW)[0].perplexity
+        found["perplexity, float32"] = exact.score(text, window=WINDOW)[0].perplexity
     with LLM(path, **size) as fast:
         fast_scores, fast_answers, chunks = scored(fast), answers(fast), windows(fast)
-        found["perplexity, default path"] = fast.score(TEXT, window=WINDOW)[0].perplexity
+        found["perplexity, default path"] = fast.score(text, window=WINDOW)[0].perplexity
         threads = fast.config.threads
     kl = [value for e, f in zip(exact_scores, fast_scores, strict=True) for value in divergence(e, f)]
     tops = [

@@ -147,7 +147,7 @@ def graph_seconds(calls: list[Callable[[], None]]) -> float:
 
 
 def gpu() -> Any:
-    return dispatch._gpu(torch.device("cuda", torch.cuda.current_device()))
+    return dispatch.gpu_of(torch.device("cuda", torch.cuda.current_device()))
 
 
 def decode_calls(spec: AttentionSpec, step: Any, plan: DecodePlan) -> list[Callable[[], None]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -142,13 +143,6 @@ def ring_plans(t: int, n: int, k: int, output: Output, unit: Unit) -> Iterator[P
         yield from plans[: 3 if output is Output.PARTS else 1]
 
 
-def fewer_warps(t: int, n: int, k: int, output: Output) -> Plan:
-    """The best by estimate of 8 warps."""
-    gpu = linear.gpu_of(0)
-    plans = [plan for plan in ring_plans(t, n, k, output, UNIT) if plan.tile.num_threads <= 256]
-    return replace(min(plans, key=lambda plan: estimate(plan, output, gpu)), alone=True)
-
-
 def wide_plans(t: int, n: int, k: int) -> Iterator[WidePlan]:
     gpu = linear.gpu_of(0)
     yield wide.plan_wide(t, n, k, UNIT, gpu)
@@ -270,11 +264,14 @@ def dtype_of(t: int) -> torch.dtype:
     return torch.float16 if t in (2, 32) else torch.bfloat16
 
 
-def ring_layer(x: dict[str, Tensor], layer: dict[str, Matrix], plans: dict[str, Plan], overlap: bool | None) -> None:
+def ring_layer(
+    x: dict[str, Tensor], layer: dict[str, Matrix], plans: dict[str, Plan], overlap: float = math.inf
+) -> None:
+    """overlap: bytes of weights up to which a product starts beside the kernel before it."""
     for name, matrix in layer.items():
         output = Output.GATED if name == "gate_up" else Output.PARTS
         plan = plans[name]
-        run_ring(plan, output, x[name], matrix, {}, plan.is_fast_beside_others if overlap is None else overlap)
+        run_ring(plan, output, x[name], matrix, {}, plan.num_bytes <= overlap)
 
 
 def plans_of(t: int, plan: Callable[..., Plan], *unit: Unit) -> dict[str, Plan]:
@@ -330,12 +327,11 @@ def time_step(
         row[label] = microseconds(lambda: [work(layer) for layer in layers] and None, len(layers)) * LAYERS / 1e3
 
     if t <= 32:
-        chosen, small = plans_of(t, planned), plans_of(t, fewer_warps)
+        chosen = plans_of(t, planned)
         for label, plans, overlap in (
-            ("ring", chosen, None),
-            ("ring shared", {name: replace(plan, alone=False) for name, plan in chosen.items()}, True),
-            ("ring apart", chosen, False),
-            ("ring 8 warps", small, True),
+            ("ring", chosen, math.inf),
+            ("ring shared", {name: replace(plan, alone=False) for name, plan in chosen.items()}, math.inf),
+            ("ring apart", chosen, 0),
         ):
             work = lambda layer, p=plans, o=overlap: ring_layer(x, matrices_of(layer), p, o)  # noqa: E731
             measure(label, work)
@@ -348,8 +344,9 @@ def time_step(
     row["bf16"] = microseconds(products, len(dense)) * LAYERS / 1e3
     if t <= 16:
         chosen = plans_of(t, planned, DENSE)
-        alone = {name: replace(plan, alone=True) for name, plan in chosen.items()}
-        for label, plans, overlap in (("", chosen, None), (" alone", alone, True), (" apart", chosen, False)):
+        shared = {name: replace(plan, alone=False) for name, plan in chosen.items()}
+        limits = (("", chosen, math.inf), (" shared, small overlap", shared, 64 << 20), (" apart", chosen, 0))
+        for label, plans, overlap in limits:
             products = lambda p=plans, o=overlap: [ring_layer(x, layer, p, o) for layer in dense] and None  # noqa: E731
             row[f"bf16 ring{label}"] = microseconds(products, len(dense)) * LAYERS / 1e3
     logits, hidden = torch.empty(t, HEAD[0], device="cuda"), make(t, HEAD[1])

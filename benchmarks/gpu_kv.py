@@ -19,7 +19,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from gpu_attention import COLD_BYTES, DEVICE, LLAMA, Sequences, describe, gpu, graph_seconds, make_step, out_of
+from gpu_attention import (
+    COLD_BYTES,
+    DEVICE,
+    LLAMA,
+    Sequences,
+    decode_calls,
+    describe,
+    gpu,
+    graph_seconds,
+    make_step,
+    out_of,
+)
 from torch import Tensor
 
 from turbolm.cache.spec import CacheSpec
@@ -27,7 +38,7 @@ from turbolm.kv import KvFormat, KvKind, KvShape
 from turbolm.ops import AttentionSpec, LayerCache, RopeTable
 from turbolm.ops.reference import ReferenceOps, dequantize_heads, quantize_heads
 from turbolm.ops.triton.attention import attention
-from turbolm.ops.triton.decode import DecodePlan, decode_attention, plan_decode
+from turbolm.ops.triton.decode import DecodePlan, plan_decode
 from turbolm.ops.triton.prefill import plan_prefill, prefill_attention
 from turbolm.ops.triton.rotary import rotary_store
 from turbolm.ops.triton.tiles import pair_tokens
@@ -123,19 +134,6 @@ def check_store(kinds: tuple[KvKind, KvKind]) -> None:
         if found is not None:
             same = found.view(torch.uint8) == expected.view(torch.uint8)
             assert same.all(), f"store of {name}, {kinds}: {int((~same).sum())} of {same.numel()} bytes differ"
-
-
-def decode_calls(spec: AttentionSpec, step: Any, plan: DecodePlan) -> list[Callable[[], None]]:
-    qkv, batch, caches = step
-    out = out_of(qkv, spec)
-
-    def call(cache: LayerCache) -> None:
-        decode_attention(
-            qkv, batch.block_tables, batch.context_lens, cache, spec, out, plan=plan, counters=gpu().counters,
-            max_context=batch.max_context, pdl=gpu().pdl,
-        )  # fmt: skip
-
-    return [lambda cache=cache: call(cache) for cache in caches * -(-4 // len(caches))]  # type: ignore[misc]
 
 
 def compiled(calls: list[Callable[[], None]]) -> None:

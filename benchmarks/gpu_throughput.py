@@ -244,8 +244,9 @@ async def measure_all(options: argparse.Namespace, record: dict[str, Any]) -> li
     config = read_config(options.model)
     model, vocab_size = shape_name(config), config["vocab_size"]
     settings = engine_options(
-        options, prefix_cache=False, speculation="off", max_context=CONTEXTS.get(model, 0), dtype=options.dtype
-    )
+        options, prefix_cache=False, speculation="off", max_context=CONTEXTS.get(model, 0), dtype=options.dtype,
+        deterministic=options.deterministic,
+    )  # fmt: skip
     start = time.perf_counter()
     rows: list[Row] = []
     async with AsyncLLM(str(options.model), progress=False, **settings) as llm:
@@ -289,6 +290,7 @@ def main() -> None:
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token instead of drawing")
     parser.add_argument("--stream", action="store_true", help="take every token as it comes")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--deterministic", action="store_true", help="kernels whose bits don't depend on the batch")
     parser.add_argument("--seconds", type=float, default=600, help="time budget, after loading")
     parser.add_argument("--must", type=float, default=1.0, help="the ratio to the best peer that counts as met")
     parser.add_argument("--json", type=Path, help="write the results here")

@@ -1,11 +1,12 @@
-"""What compression costs: each method × group size against the 16-bit weights.
+"""What compression costs: each method × group size × KV format against the 16-bit weights.
 
     python benchmarks/quality.py [--model NAME] [--text FILE] [--data FILE] [--device auto] [--only "awq 64,int8"]
-                                 [--windows N] [--save NAME]
+                                 [--kv "int8;int4"] [--windows N] [--save NAME]
 
 The base is the model as 16-bit safetensors (a GGUF file's blocks unpacked). Everything is computed in plain PyTorch
-on unpacked weights, so that the figures are those of the weights alone; int8 and fp8 round activations too, as
-their kernels do. With --save the result goes to benchmarks/results, and tables.py makes docs/quality.md of it.
+on unpacked weights, so that the figures are those of the weights and of the KV cache alone; int8 and fp8 round
+activations too, as their kernels do. With --save each row goes to benchmarks/results as soon as it is measured, and
+the same command leaves out what is there already; tables.py makes docs/quality.md of it.
 
 Perplexity: a text in windows of 512 tokens, the second half of each scored. KL divergence, and how often the
 likeliest token is the same: over the base's own greedy answers of 64 tokens to 16 questions. Divergence: the
@@ -15,6 +16,7 @@ mean number of tokens, of those 64, before a greedy answer differs from the base
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import tempfile
 from dataclasses import dataclass, replace
@@ -23,17 +25,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import machine, save
+from measure import RESULTS, machine, save
+from questions import QUESTIONS, TEXT, WINDOW, windows_of
 from torch import Tensor
 
-from turbolm.compress import quantize, unpack
+from turbolm.compress import calibrate_kv, quantize, unpack
 from turbolm.compress.calibration import lay_out
 from turbolm.compress.smooth import round_rows
 from turbolm.config import DEFAULT_MODEL
 from turbolm.errors import ConfigError
 from turbolm.hub import fetch
+from turbolm.kv import resolve_format
+from turbolm.kv_scales import LayerRanges, read_scales
 from turbolm.models.checkpoint import open_checkpoint
-from turbolm.models.decoder import load_decoder
+from turbolm.models.decoder import cache_spec, kv_layers, load_decoder
 from turbolm.models.loader import Loader
 from turbolm.models.registry import decoder_spec
 from turbolm.ops import LayerCache, PreparedLinear
@@ -42,20 +47,16 @@ from turbolm.ops.reference import ReferenceOps
 from turbolm.text import ChatTemplate, encode_chat, load_tokenizer
 from turbolm.types import Batch
 
-TEXT = Path(__file__).parent / "data" / "gpl-3.txt"
-WINDOW, ANSWER = 512, 64
-QUESTIONS = [
-    "Why is the sky blue?", "Name three primary colours.", "Write a haiku about rain.", "What is a prime number?",
-    "Explain recursion to a child.", "Who was Ada Lovelace?", "What is 17 + 25?", "Translate 'good morning' to German.",
-    "Give me a recipe for pancakes.", "What causes tides?", "Write a Python function that reverses a string.",
-    "What is the boiling point of water?", "Summarize the plot of Romeo and Juliet.", "How do vaccines work?",
-    "List the planets of the solar system.", "What is the difference between a list and a tuple in Python?",
-]  # fmt: skip
+ANSWER = 64  # tokens
+BASE = "16 bit"
+STATIC = "int8 static"  # with scales that calibration found, of each head
+KV = ("int8", STATIC, "int8:k,int4:v", "int4", "fp8")
 
-#: Name → arguments of `quantize`.
+#: Name → arguments of `quantize`; the base has none.
 CASES: dict[str, dict[str, Any]] = {
+    BASE: {},
     **{f"{method} {size if size > 0 else 'row'}": {"method": method, "group_size": size}
-       for size in (32, 64, 128, -1) for method in ("rtn", "awq", "gptq")},
+       for method in ("rtn", "awq", "gptq") for size in (32, 64, 128, -1)},
     "awq 64 symmetric": {"method": "awq", "group_size": 64, "symmetric": True},
     "gptq 64 symmetric": {"method": "gptq", "group_size": 64, "symmetric": True},
     "gptq 64 group order": {"method": "gptq", "group_size": 64, "order": "group"},
@@ -89,25 +90,28 @@ class Model:
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         checkpoint = open_checkpoint(folder)
-        kind = checkpoint.packing.formats[0] if checkpoint.packing is not None else ""
+        packing = checkpoint.packing
+        kind = packing.formats[0] if packing is not None and len(packing.formats) == 1 else ""
         ops = RoundedActivations(device, torch.float32, kind)
-        loader = Loader(checkpoint.source, ops, packing=checkpoint.packing)
+        loader = Loader(checkpoint.source, ops, packing=packing)
         self.decoder = load_decoder(decoder_spec(checkpoint.config), loader, 2 * WINDOW)
         self.device = device
+        self.ranges: tuple[LayerRanges, ...] = ()
         if kind in ("int8", "fp8"):
             for layer in self.decoder.layers:
                 linears = (layer.attention.qkv, layer.attention.output, layer.mlp.gate_up, layer.mlp.down)
                 ops.rounded |= {id(linear.weight) for linear in linears}
 
-    def logprobs(self, sequence: list[int]) -> Tensor:
-        """[t, vocabulary] of all tokens."""
+    def logprobs(self, sequence: list[int], rows: slice, kv: str = "auto") -> Tensor:
+        """[r, vocabulary] of some of the tokens."""
         batch = lay_out([tuple(sequence)], self.device)
-        return F.log_softmax(self.decoder.forward(batch, self._caches(1, len(sequence))), dim=-1)
+        batch = replace(batch, logit_rows=batch.logit_rows[rows])
+        return F.log_softmax(self.decoder.forward(batch, self._caches(1, len(sequence), kv)), dim=-1)
 
     def answers(self, prompts: list[list[int]]) -> list[list[int]]:
         """Greedy answers of ANSWER tokens each, computed together; ends of text are tokens like others."""
         length = max(map(len, prompts)) + ANSWER
-        caches = self._caches(len(prompts), length)
+        caches = self._caches(len(prompts), length, "auto")
         blocks = torch.arange(len(prompts), dtype=torch.int32, device=self.device)
         tokens = []
         for block, prompt in zip(blocks, prompts, strict=True):
@@ -122,14 +126,12 @@ class Model:
             positions = positions + 1
         return torch.stack(answers, 1).tolist()
 
-    def _caches(self, num_sequences: int, length: int) -> list[LayerCache]:
+    def _caches(self, num_sequences: int, length: int, kv: str) -> list[LayerCache]:
         """A block of `length` tokens for each sequence."""
-        shapes = [layer.attention for layer in self.decoder.spec.layers]
-        return [
-            LayerCache(*(torch.zeros(num_sequences, shape.num_kv_heads, length, dim, device=self.device)
-                         for dim in (shape.head_dim, shape.v_head_dim)))
-            for shape in shapes
-        ]  # fmt: skip
+        spec = self.decoder.spec
+        kinds = resolve_format(kv.removesuffix(" static"), "", "float32", kv_layers(spec))
+        kept = replace(cache_spec(spec, kinds), ranges=self.ranges if kv == STATIC else ())
+        return kept.allocate(num_sequences, length, self.device)
 
 
 def _decode(tokens: Tensor, positions: Tensor, blocks: Tensor, length: int) -> Batch:
@@ -150,42 +152,43 @@ class Judge:
 
     windows: list[list[int]]
     prompts: list[list[int]]
-    answers: list[list[int]]
+    answers: list[list[int]]  # the base's
     logprobs: list[Tensor]  # the base's, of its own answers: [ANSWER, vocabulary]
 
     @classmethod
     def of(cls, folder: Path, base: Model, text: str, num_windows: int) -> Judge:
         tokenizer = load_tokenizer(folder)
-        ids = tokenizer.encode(text)
-        windows = [ids[start : start + WINDOW] for start in range(0, len(ids) - WINDOW + 1, WINDOW)][:num_windows]
+        windows = windows_of(tokenizer.encode(text))[:num_windows]
         template = ChatTemplate.of(tokenizer)
         prompts = [encode_chat(tokenizer, template, [{"role": "user", "content": text}]) for text in QUESTIONS]
-        answers = base.answers(prompts)
-        judge = cls(windows, prompts, answers, [])
-        judge.logprobs = judge._answer_logprobs(base)
+        judge = cls(windows, prompts, base.answers(prompts), [])
+        judge.logprobs = judge._answer_logprobs(base, "auto")
         return judge
 
-    def measure(self, model: Model) -> dict[str, float]:
+    def measure(self, model: Model, kv: str = "auto") -> dict[str, float]:
         scores = []
         for window in self.windows:
-            logprobs = model.logprobs(window)[WINDOW // 2 - 1 : -1]
+            logprobs = model.logprobs(window, slice(WINDOW // 2 - 1, -1), kv)
             targets = torch.tensor(window[WINDOW // 2 :], device=logprobs.device)
             scores.append(logprobs.gather(1, targets[:, None]))
-        pairs = list(zip(self.logprobs, self._answer_logprobs(model), strict=True))
-        kl = torch.cat([F.kl_div(other, base, reduction="none", log_target=True).sum(-1) for base, other in pairs])
-        same = torch.cat([base.argmax(-1) == other.argmax(-1) for base, other in pairs])
-        answers = zip(self.answers, model.answers(self.prompts), strict=True)
+        kl, same, lengths = [], [], []
+        others = self._answer_logprobs(model, kv)
+        for base, other, answer in zip(self.logprobs, others, self.answers, strict=True):
+            kl.append(F.kl_div(other, base, reduction="none", log_target=True).sum(-1))
+            same.append(base.argmax(-1) == other.argmax(-1))
+            # Up to the first token that differs, a greedy answer is the base's: so its own would begin.
+            lengths.append(_num_equal(answer, other.argmax(-1).tolist()))
         return {
             "perplexity": float(torch.cat(scores).double().mean().neg().exp()),
-            "kl_mean": float(kl.mean()),
-            "kl_99": float(kl.quantile(0.99)),
-            "same_top_1": float(same.float().mean()),
-            "diverges_after": sum(map(_num_equal, *zip(*answers, strict=True))) / len(self.answers),
+            "kl_mean": float(torch.cat(kl).mean()),
+            "kl_99": float(torch.cat(kl).quantile(0.99)),
+            "same_top_1": float(torch.cat(same).float().mean()),
+            "diverges_after": sum(lengths) / len(lengths),
         }
 
-    def _answer_logprobs(self, model: Model) -> list[Tensor]:
+    def _answer_logprobs(self, model: Model, kv: str) -> list[Tensor]:
         pairs = zip(self.prompts, self.answers, strict=True)
-        return [model.logprobs(prompt + answer)[len(prompt) - 1 : -1] for prompt, answer in pairs]
+        return [model.logprobs(prompt + answer, slice(len(prompt) - 1, -1), kv) for prompt, answer in pairs]
 
 
 def _num_equal(first: list[int], second: list[int]) -> int:
@@ -194,18 +197,72 @@ def _num_equal(first: list[int], second: list[int]) -> int:
     return next((place for place, (a, b) in enumerate(pairs) if a != b), len(first))
 
 
-def _measured(base: Path, judge: Judge, options: dict[str, Any], data: str, device: str) -> dict[str, float]:
-    with tempfile.TemporaryDirectory() as work:
-        arguments = {"data": data} if options["method"] in ("awq", "gptq", "int8") else {}
-        report = quantize(str(base), Path(work) / "out", device=device, **arguments, **options)
-        figures = judge.measure(Model(Path(work) / "out", torch.device(device)))
+def quantized(base: Path, output: Path, options: dict[str, Any], data: str, device: str) -> dict[str, float]:
+    """Write the model, and what is known of it without running it."""
+    arguments = {"data": data} if options["method"] in ("awq", "gptq", "int8") else {}
+    report = quantize(str(base), output, device=device, **arguments, **options)
     errors = [matrix.error for matrix in report.matrices]
     bits = 8 * report.num_bytes / _num_parameters(base)
-    return {**figures, "mean_error": sum(errors) / len(errors), "bits": bits, "seconds": report.seconds}
+    return {"bits": bits, "mean_error": sum(errors) / len(errors), "seconds": report.seconds}
 
 
 def _num_parameters(base: Path) -> int:
     return sum(math.prod(info.shape) for info in open_checkpoint(base).source.tensors.values())
+
+
+class Record:
+    """The rows, which a name keeps from one run to the next. A row has its figures, and under "kv" those of each KV
+    format."""
+
+    def __init__(self, name: str | None, about: dict[str, Any]) -> None:
+        """Raises SystemExit where the name has rows that were measured on something else."""
+        self._name = name
+        self._about = about
+        self.rows: dict[str, dict[str, Any]] = {}
+        path = RESULTS / f"{name}.json"
+        if name and path.exists():
+            found = json.loads(path.read_text())
+            self.rows = found.pop("rows")
+            wrong = [key for key, value in about.items() if key != "machine" and found.get(key) != value]
+            if wrong:
+                raise SystemExit(f"{path} has other {', '.join(wrong)}: delete it, or choose another --save")
+
+    def missing(self, name: str, kv: tuple[str, ...]) -> list[str]:
+        """KV formats that are still to be measured; "auto": of 16 bit."""
+        row = self.rows.get(name)
+        return ["auto", *kv] if row is None else [kind for kind in kv if kind not in row["kv"]]
+
+    def add(self, name: str, kv: str, figures: dict[str, float]) -> None:
+        print(f"{name:20} {kv:14}", {key: round(value, 5) for key, value in figures.items()}, flush=True)
+        if kv == "auto":
+            self.rows[name] = {**figures, "kv": {}}
+        else:
+            self.rows[name]["kv"][kv] = figures
+        order = [*CASES, *(other for other in self.rows if other not in CASES)]
+        self.rows = {case: self.rows[case] for case in order if case in self.rows}
+        if self._name:
+            save(self._name, {**self._about, "rows": self.rows})
+
+
+def run(record: Record, base: Path, judge: Judge, name: str, kv: tuple[str, ...], data: str, device: str) -> None:
+    missing = record.missing(name, kv)
+    if not missing:
+        return
+    with tempfile.TemporaryDirectory() as work:
+        folder, found = base, {}
+        if CASES[name]:
+            folder = Path(work) / "out"
+            try:
+                found = quantized(base, folder, CASES[name], data, device)
+            except ConfigError as error:  # a group size that doesn't fit the model
+                print(name, error, flush=True)
+                return
+        model = Model(folder, torch.device(device))
+        if STATIC in missing:
+            path, _ = calibrate_kv(str(folder), work, data=data, device=device)
+            model.ranges = read_scales(path, kv_layers(model.decoder.spec))
+        for kind in missing:
+            record.add(name, kind, {**judge.measure(model, kind), **(found if kind == "auto" else {})})
 
 
 def main() -> None:
@@ -215,30 +272,23 @@ def main() -> None:
     parser.add_argument("--data", default="", help="calibration data; default: what comes with turbolm")
     parser.add_argument("--device", default="cuda" if probe().gpus else "cpu")
     parser.add_argument("--only", default=",".join(CASES), help="names of cases, with commas between")
+    parser.add_argument("--kv", default=";".join(KV), help="KV formats, with ';' between; '' for none")
     parser.add_argument("--windows", type=int, default=1000, help="most windows of the text")
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     options = parser.parse_args()
-    rows: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory() as work, torch.inference_mode():
         folder = Path(work) / "base"
         unpack(options.model, folder)
         base = Model(folder, torch.device(options.device))
         judge = Judge.of(folder, base, options.text.read_text(encoding="utf-8"), options.windows)
-        rows["16 bit"] = judge.measure(base)
-        print("16 bit", rows["16 bit"], flush=True)
-        for name in options.only.split(","):
-            try:
-                rows[name] = _measured(folder, judge, CASES[name], options.data, options.device)
-            except ConfigError as error:  # a group size that doesn't fit the model
-                print(name, error, flush=True)
-                continue
-            print(name, {key: round(value, 5) for key, value in rows[name].items()}, flush=True)
-    if options.save:
-        record = {
+        del base
+        about = {
             "benchmark": "quality", "model": Path(fetch(options.model).path).name, "machine": machine(),
-            "text": options.text.name, "windows": len(judge.windows), "data": Path(options.data).name, "rows": rows,
+            "text": options.text.name, "windows": len(judge.windows), "data": Path(options.data).name,
         }  # fmt: skip
-        print(f"saved {save(options.save, record)}")
+        record = Record(options.save, about)
+        for name in options.only.split(","):
+            run(record, folder, judge, name, tuple(filter(None, options.kv.split(";"))), options.data, options.device)
 
 
 if __name__ == "__main__":

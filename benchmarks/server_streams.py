@@ -53,7 +53,8 @@ class Client:
 
     def __init__(self, port: int, streams: int, tokens: int) -> None:
         body = json.dumps({
-            "prompt": "hello there", "max_tokens": tokens, "stream": True, "temperature": 0, "ignore_eos": True,
+            "model": "null", "prompt": "hello there", "max_tokens": tokens, "stream": True, "temperature": 0,
+            "ignore_eos": True,
         }).encode()  # fmt: skip
         head = (
             "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
@@ -64,6 +65,11 @@ class Client:
         for connection in self._sockets:
             connection.setblocking(False)
             self._selector.register(connection, selectors.EVENT_READ, bytearray())
+
+    def close(self) -> None:
+        self._selector.close()
+        for connection in self._sockets:
+            connection.close()
 
     def round(self) -> int:
         """Sends every request, reads to the end of all; the number of events."""

@@ -12,7 +12,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 PAGES = {
     "README.md": "en", "README.zh-CN.md": "zh", "docs/benchmarks.md": "en", "docs/cpu_benchmarks.md": "en",
-    "docs/quality.md": "en",
+    "docs/quality.md": "en", "docs/quantization.md": "en",
 }  # fmt: skip
 WORDS = {
     "en": {
@@ -148,15 +148,75 @@ def quality(name: str) -> str:
         )  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     machine = record["machine"]
-    device = machine["gpus"][0] if machine["gpus"] else machine["cpu"]
+    device = machine["gpus"][0] if machine.get("gpus") else machine["cpu"]
     about = f"{record['model']}; perplexity of {record['windows']} windows of 512 tokens of {record['text']}; "
     return "\n".join([*lines, "", f"<sub>{about}{device}, {machine['date'][:10]}</sub>"])
+
+
+def kv_quality(name: str) -> str:
+    """What KV formats cost beside the weights' own: perplexity, and the mean KL divergence in brackets."""
+    if not has_result(name):
+        return "Not measured yet."
+    rows = {case: row for case, row in result(name)["rows"].items() if row.get("kv")}
+    kinds = list(dict.fromkeys(kind for row in rows.values() for kind in row["kv"]))
+    lines = [f"| weights | KV 16 bit | {' | '.join(kinds)} |", f"|---|---:|{'---:|' * len(kinds)}"]
+    for case, row in rows.items():
+        found = [row, *(row["kv"].get(kind) for kind in kinds)]
+        cells = [f"{values['perplexity']:.2f} ({values['kl_mean']:.3f})" if values else "" for values in found]
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def quantizers(name: str) -> str:
+    """turbolm's results beside other tools', from vs_quantizers.py."""
+    if not has_result(name):
+        return "Not measured yet."
+    record = result(name)
+    lines = ["| made by | perplexity | KL, mean | same likeliest token | same tokens |", "|---|---:|---:|---:|---:|"]
+    for made, row in record["rows"].items():
+        figures = (f"{row['perplexity']:.2f}", f"{row['kl_mean']:.4f}", f"{row['same_top_1']:.1%}")
+        lines.append(f"| {made} | {' | '.join(figures)} | {row['diverges_after']:.1f} |")
+    lines += [f"| {made} | it failed: {reason} | | | |" for made, reason in record["failures"].items()]
+    about = f"{record['model']}, groups of {record['group_size']}, the calibration text that comes with turbolm"
+    return "\n".join([*lines, "", f"<sub>{about}</sub>"])
+
+
+def cpu_formats() -> str:
+    """Decode speed by weights and KV cache, from cpu_formats.py."""
+    if not has_result("cpu_formats"):
+        return "Not measured yet."
+    record = result("cpu_formats")
+    lines = ["| weights and KV cache | tokens per second | beside bf16 |", "|---|---:|---:|"]
+    base = record["rows"]["bf16"]["median"]
+    for name, row in record["rows"].items():
+        lines.append(f"| {name} | {digits(row['median'])} | {row['median'] / base:.2f}x |")
+    return "\n".join(
+        [*lines, "", f"<sub>{record['model']}, context {record['context']}, {record['machine']['cpu']}</sub>"]
+    )
+
+
+def convert_start() -> str:
+    """Seconds to load, from convert_start.py."""
+    if not has_result("convert_start"):
+        return "Not measured yet."
+    record = result("convert_start")
+    lines = ["| weights | as it is, s | converted, s |", "|---|---:|---:|"]
+    for weights, row in record["rows"].items():
+        lines.append(f"| {weights} | {row['as it is']['median']:.2f} | {row['converted']['median']:.2f} |")
+    return "\n".join([*lines, "", f"<sub>{record['model']}, {record['machine']['cpu']}</sub>"])
 
 
 GPU_MODELS = ("llama-3-8b", "llama-2-7b-awq", "qwen3-0.6b")
 GPU_VARIANTS = ("llama-3-8b_2_gpus", "llama-3-8b_kv_int8", "llama-3-8b_kv_int4")
 TABLES = {
     **{f"quality-{name}": lambda _, name=name: quality(f"quality_{name}") for name in ("smollm2", "qwen2_5_coder")},
+    **{
+        f"quality-kv-{name}": lambda _, name=name: kv_quality(f"quality_{name}")
+        for name in ("smollm2", "qwen2_5_coder")
+    },
+    "quantizers": lambda _: quantizers("vs_quantizers_smollm2"),
+    "cpu-formats": lambda _: cpu_formats(),
+    "convert-start": lambda _: convert_start(),
     "llamacpp": lambda _: against_llamacpp(),
     "cpu-context": lambda _: cpu_context(),
     "cpu-start": lambda _: cpu_start(),

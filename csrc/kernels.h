@@ -2,8 +2,10 @@
 // Everything has internal linkage, so that the linker never mixes instruction sets.
 #pragma once
 
+#include "kernels_adapters.h"
 #include "kernels_attention.h"
 #include "kernels_rows.h"
 
 #define TURBOLM_KERNELS \
-    {rms_norm, add, rotary_store, attention, activate_multiply, softcap, attention_bytes, argmax, exponentials}
+    {rms_norm,       add,            rotary_store,    attention, activate_multiply, softcap, \
+     adapter_shrink, adapter_expand, attention_bytes, argmax,    exponentials}

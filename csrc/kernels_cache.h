@@ -114,6 +114,14 @@ TURBOLM_INLINE Range range_of(const float* x, int count, float highest_code) {
     return {round_to_f16((largest(high) - minimum) / highest_code), round_to_f16(minimum), highest_code};
 }
 
+// Scale and minimum, in float16.
+TURBOLM_INLINE Range read_range(const uint16_t* values, float highest_code) {
+    F16 items[kLanes] = {{values[0]}, {values[1]}};
+    float lanes[kLanes];
+    store(load(items), lanes);
+    return {lanes[0], lanes[1], highest_code};
+}
+
 // Codes of up to 16 numbers.
 TURBOLM_INLINE void encode(const float* x, int count, const Range& range, uint8_t* codes) {
     const Vec scaled = (Vec::load_first(x, count) - Vec::all(range.minimum)) / Vec::all(range.scale);

@@ -94,7 +94,7 @@ struct TokenRow {
         const int64_t token = token_at(kv_head, slot), lane = slot % group;
         with_type(op.pool.k_type, [&](auto kept) {
             using T = typename decltype(kept)::Item;
-            const Range range = choose_range(key, d, op.pool.k_type, op.pool.k_scales, token);
+            const Range range = choose_range(key, d, op.pool.k_type, op.pool.k_scales, op.pool.k_range, token);
             T* target = static_cast<T*>(op.pool.k) + (token - lane) * (d / kPerItem<T>) + lane;
             store_items(key, static_cast<int>(d), range, true, target, group);
         });
@@ -104,7 +104,7 @@ struct TokenRow {
         const int64_t token = token_at(kv_head, slot);
         with_type(op.pool.v_type, [&](auto kept) {
             using T = typename decltype(kept)::Item;
-            const Range range = choose_range(value, dv, op.pool.v_type, op.pool.v_scales, token);
+            const Range range = choose_range(value, dv, op.pool.v_type, op.pool.v_scales, op.pool.v_range, token);
             T* target = static_cast<T*>(op.pool.v) + token * (dv / kPerItem<T>);
             store_items(value, static_cast<int>(dv), range, false, target, 1);
         });
@@ -117,11 +117,13 @@ struct TokenRow {
         return (slot / block_size * num_kv_heads + kv_head) * block_size + slot % block_size;
     }
 
-    // The range of the token's codes, which it stores; floats need none.
+    // The range of the token's codes, its head's where these are `fixed`, which it stores; floats need none.
     TURBOLM_INLINE Range choose_range(const float* x, int64_t count, CacheType type, uint16_t* scales,
-                                      int64_t token) const {
+                                      const uint16_t* fixed, int64_t token) const {
         if (!is_coded(type)) return {};
-        const Range range = range_of(x, static_cast<int>(count), highest_code(type));
+        const int64_t kv_head = token / op.pool.block_size % num_kv_heads;
+        const Range range = fixed == nullptr ? range_of(x, static_cast<int>(count), highest_code(type))
+                                             : read_range(fixed + 2 * kv_head, highest_code(type));
         const int64_t lane = token % group;
         F16 rounded[2][kLanes];
         store(Vec::all(range.scale), rounded[0]);

@@ -27,10 +27,12 @@ struct Step {
     const int32_t* block_tables;  // [s, b]
     const int32_t* logit_rows;    // [r]
     float* logits;                // [r, vocabulary]
+    const int32_t* adapters;      // [t] place of each row's adapter, -1: none; or null where no row has one
 };
 
 enum class Opcode : int32_t {
-    embedding, linear, rms_norm, add, rotary_store, attention, activate_multiply, gather, softcap, count,
+    embedding, linear, rms_norm, add, rotary_store, attention, activate_multiply, gather, softcap,
+    adapter_shrink, adapter_expand, count,
 };
 enum class CacheType : int32_t { f32, f16, bf16, int8, int4, fp8 };
 enum class ActivationKind : int32_t { silu, gelu, gelu_tanh };
@@ -116,6 +118,8 @@ struct KvPool {
     void* v;
     uint16_t* k_scales;  // float16; or null
     uint16_t* v_scales;
+    const uint16_t* k_range;  // float16 scale and minimum of each head, for all tokens; null: each token's own
+    const uint16_t* v_range;
     CacheType k_type;
     CacheType v_type;
     int32_t block_size;
@@ -180,6 +184,31 @@ struct Softcap {
     float cap;
 };
 
+// Of rows with an adapter: y[t, part * max_rank + i] = x[t, k] · a[place, part * max_rank + i]
+struct AdapterShrink {
+    Instruction head;
+    const float* x;
+    const float* a;        // [places, num_parts * max_rank, k]
+    const int32_t* ranks;  // [places]: rows of each part that aren't padding; 0: nothing is added
+    float* y;
+    int64_t width;     // k
+    int32_t max_rank;  // a multiple of 16
+    int32_t num_parts;
+};
+
+// Of those rows: y[t, n] += x[t, part * max_rank + ·] · b[place, ·, n], for the part that column n is in
+struct AdapterExpand {
+    Instruction head;
+    const float* x;
+    const float* b;  // [places, max_rank, n]
+    const int32_t* ranks;
+    float* y;
+    int64_t width;  // n
+    int32_t max_rank;
+    int32_t num_parts;
+    int32_t ends[3];  // the column at which each part ends
+};
+
 // What each instruction set provides (kernels_<isa>.cpp). All are entered by all threads of the
 // team, expect their inputs complete, and are complete after the next barrier.
 struct Kernels {
@@ -189,6 +218,8 @@ struct Kernels {
     void (*attention)(const Attention&, const Step&, const Team&);
     void (*activate_multiply)(const ActivateMultiply&, const Step&, const Team&);
     void (*softcap)(const Softcap&, const Step&, const Team&);
+    void (*adapter_shrink)(const AdapterShrink&, const Step&, const Team&);
+    void (*adapter_expand)(const AdapterExpand&, const Step&, const Team&);
     // Workspace of `attention` for contexts of up to `max_context` tokens.
     int64_t (*attention_bytes)(const HeadShape& shape, int64_t max_context, int num_threads);
     // Index of the largest of n numbers, the first of equals; -1 where one is NaN or all are -inf.

@@ -70,6 +70,8 @@ void execute(const Instruction& instruction, const Step& step, const Team& team)
         case Opcode::activate_multiply: native.activate_multiply(as<ActivateMultiply>(instruction), step, team); break;
         case Opcode::gather: gather(as<Gather>(instruction), step, team); break;
         case Opcode::softcap: native.softcap(as<Softcap>(instruction), step, team); break;
+        case Opcode::adapter_shrink: native.adapter_shrink(as<AdapterShrink>(instruction), step, team); break;
+        case Opcode::adapter_expand: native.adapter_expand(as<AdapterExpand>(instruction), step, team); break;
         case Opcode::count: break;
     }
 }
@@ -119,7 +121,8 @@ void execute_all(void* argument, const Team& team) {
 
 constexpr int64_t kSizes[] = {
     sizeof(Embedding), sizeof(LinearOp),         sizeof(RmsNorm), sizeof(Add),     sizeof(RotaryStore),
-    sizeof(Attention), sizeof(ActivateMultiply), sizeof(Gather),  sizeof(Softcap), sizeof(Step),
+    sizeof(Attention), sizeof(ActivateMultiply), sizeof(Gather),  sizeof(Softcap), sizeof(AdapterShrink),
+    sizeof(AdapterExpand), sizeof(Step),
 };
 static_assert(sizeof(kSizes) / sizeof(kSizes[0]) == static_cast<size_t>(Opcode::count) + 1);
 

@@ -10,38 +10,41 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "turbolm"
 LEVELS = (
-    {"errors", "env", "types", "config", "weights", "fields", "kv", "memory"},
-    {"text", "ops", "hub", "parallel"},
+    {"errors", "env", "types", "config", "weights", "fields", "kv", "lora", "kv_scales", "memory",
+     "progress", "drafts", "embedding", "form", "fallbacks"},
+    {"text", "ops", "hub", "parallel", "events"},
     {"quant", "cache", "grammar"},
-    {"layers"},
+    {"layers", "prompt"},
     {"models"},
     {"engine", "compress"},
-    {"loading", "stream", "delivery", "worker", "llm", "answer", "remote"},
+    {"loading", "stream", "delivery", "worker", "llm", "adapters", "answer", "remote"},
     {"lmdeploy", "server", "ui", "bench", "eval", "cluster"},
     {"ladder", "planner"},
     {"cli"},
     {"__init__", "__main__"},
-)
+)  # fmt: skip
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 PEERS = (  # may import each other
-    {"loading", "stream", "delivery", "worker", "llm"},
-    {"errors", "env", "types", "config", "weights", "kv", "memory"},
+    {"loading", "stream", "delivery", "worker", "llm", "adapters"},
+    {"errors", "env", "types", "config", "weights", "kv", "kv_scales", "lora", "memory", "drafts", "embedding", "form"},
 )
 CUDA_ALLOWED = ("ops/", "parallel/", "engine/graph.py", "engine/device_runner.py", "engine/step_device.py")
 # Optional packages, and those that take long to load and are not always needed, are imported where they are used.
 OPTIONAL = {
     "modelscope", "huggingface_hub", "matplotlib", "datasets", "sacrebleu", "rouge_score", "lm_eval", "llguidance",
+    "opentelemetry",
 }  # fmt: skip
 LATE = {
     "cli/chat.py": {"turbolm.llm", "turbolm.remote", "turbolm.cli.terminal"},
-    "cli/quantize.py": {"turbolm.compress.job"},
-    "cli/eval.py": {"turbolm.bench.record", "turbolm.eval.run"},
+    "cli/quantize.py": {"turbolm.compress.job", "turbolm.compress.kv"},
+    "cli/convert.py": {"turbolm.compress.conversion"},
+    "cli/eval.py": {"turbolm.bench.record", "turbolm.eval.harness", "turbolm.eval.run"},
     "cli/ladder.py": {"turbolm.ladder.run"},
     "cli/plan.py": {"turbolm.planner.run"},
     "cli/serve.py": {"turbolm.server.run"},
     "cli/ui.py": {"turbolm.llm", "turbolm.ui.app", "turbolm.ui.chat"},
     "llm.py": {"turbolm.loading"},
-    "ops/select.py": {"turbolm.ops.cuda.ops", "turbolm.ops.cuda.sharded"},
+    "ops/select.py": {f"turbolm.ops.cuda.{name}" for name in ("deterministic", "ops", "sharded", "stored")},
     "parallel/peers.py": {"torch.distributed"},
 }
 

@@ -80,10 +80,47 @@ def test_a_gpu_keeps_memory_for_what_a_step_holds() -> None:
 def test_speculation_is_on_where_it_pays_and_says_why() -> None:
     assert resolve(EngineConfig(), SMALL, LAPTOP).speculation
     assert not resolve(EngineConfig(speculation="off"), SMALL, LAPTOP).speculation
-    for options, hardware in (({}, SERVER), ({"kernels": "reference"}, LAPTOP)):
+    assert not resolve(EngineConfig(), SMALL, SERVER).speculation
+    assert resolve(EngineConfig(speculation="on"), SMALL, SERVER).speculation
+    two = replace(SERVER, gpus=SERVER.gpus * 2)
+    for options, hardware in (({"tensor_parallel": 2}, two), ({"kernels": "reference"}, LAPTOP)):
         found = resolve(EngineConfig(**options), SMALL, hardware)
         assert not found.speculation
         assert any("speculation off: " in reason for reason in found.reasons)
+
+
+def test_a_draft_model_takes_its_part_of_the_memory() -> None:
+    alone = resolve(EngineConfig(), LARGE, SERVER)
+    found = resolve(EngineConfig(), LARGE, SERVER, SMALL)
+    assert found.draft_model == "small" and 0 < found.draft_cost < 0.1
+    own = 30 * 2 * 3 * 64 * 2
+    assert found.kv_bytes_per_token == alone.kv_bytes_per_token + own
+    assert found.pool_tokens < alone.pool_tokens
+    assert any("draft model small" in reason and str(own) in reason for reason in found.reasons)
+    two = replace(SERVER, gpus=SERVER.gpus * 2)
+    for options, words in (
+        ({"speculation": "off"}, "speculation is 'off'"),
+        ({"kernels": "reference"}, "checks no drafts"),
+        ({"tensor_parallel": 2}, "one GPU"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            resolve(EngineConfig(**options), LARGE, two, SMALL)
+
+
+def test_deterministic_is_had_where_kernels_can_and_refused_elsewhere() -> None:
+    always = EngineConfig(deterministic=True)
+    for hardware in (LAPTOP, SERVER):
+        found = resolve(always, LARGE, hardware)
+        assert found.deterministic and any("deterministic" in reason for reason in found.reasons)
+    two = replace(SERVER, gpus=SERVER.gpus * 2)
+    for changed, words in (
+        ({"kernels": "reference"}, "kernels 'reference'"),
+        ({"tensor_parallel": 2}, "one GPU"),
+        ({"kv": "int8"}, "kv 'auto'"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            resolve(EngineConfig.of(always, **changed), LARGE, two)
+    assert resolve(EngineConfig.of(always, kv="int8"), SMALL, LAPTOP).deterministic
 
 
 def test_the_context_shrinks_to_the_memory_only_where_nobody_asked_for_it() -> None:
@@ -152,7 +189,7 @@ def test_too_little_memory_is_refused_with_the_numbers() -> None:
     [
         ({"device": "gpu"}, "device is 'gpu'; allowed: auto, cpu, cuda"),
         ({"dtype": "float23"}, "Did you mean 'float32'"),
-        ({"speculation": "on"}, "speculation is 'on'; allowed: auto, off"),
+        ({"speculation": "yes"}, "speculation is 'yes'; allowed: auto, on, off"),
         ({"threads": -1}, "threads must be a whole number"),
         ({"max_batch_size": 2.5}, "max_batch_size must be a whole number"),
         ({"block_size": 17}, "allowed: 8, 16, 32, 64, 128"),

@@ -8,10 +8,10 @@ import gc
 import pytest
 
 from turbolm.delivery import Answers, Delivery
-from turbolm.errors import EngineError
+from turbolm.errors import DeadlineError, EngineError
 from turbolm.stream import AnswerStream
 from turbolm.text import PartParser, byte_tokenizer
-from turbolm.types import Output, Request, TokenLogprob, Usage
+from turbolm.types import Output, Request, SamplingParams, TokenLogprob, Usage
 
 
 class FakeEngine:
@@ -44,8 +44,9 @@ def make(engine, delivery):
     tokenizer = byte_tokenizer()
     kept: list[Answers] = []
 
-    def answers(name: str = "r", count: int = 1, prompt_parser=PartParser, keep: bool = True) -> Answers:
-        requests = [Request(name, (1,), index=index) for index in range(count)]
+    def answers(name: str = "r", count: int = 1, prompt_parser=PartParser, keep: bool = True, timeout=None) -> Answers:
+        params = SamplingParams(timeout=timeout)
+        requests = [Request(name, (1,), params, index=index) for index in range(count)]
         streams = [AnswerStream(request, tokenizer, prompt_parser(), is_continuation=True) for request in requests]
         found = Answers(engine, delivery, requests, streams, True)
         if keep:
@@ -194,3 +195,35 @@ def test_each_event_loop_gets_its_own(make, delivery):
     loops[1].run_until_complete(let_run())
     assert found["b"][-1].is_final
     loops[1].close()
+
+
+def test_a_deadline_ends_what_is_left_at_once(make, delivery, engine):
+    """Each answer that isn't over ends with an error that names the limit; what comes later goes nowhere."""
+
+    async def scene():
+        answers = make(count=3, timeout=0.05)
+        found: list[Output] = []
+        answers.begin(found.append)
+        delivery.deliver([delta("a"), last("b", 1)])
+        await asyncio.sleep(0.15)
+        ends = {output.index: output for output in found if output.is_final}
+        assert [ends[index].finish_reason for index in (0, 1, 2)] == ["error", "length", "error"]
+        assert all(isinstance(ends[index].error, DeadlineError) for index in (0, 2))
+        assert "timeout of 0.05 s" in str(ends[0].error)
+        assert engine.cancelled == [("r", 0), ("r", 2)]
+        delivery.deliver([delta("more"), last(), last("", 2)])
+        await let_run()
+        assert sum(output.is_final for output in found) == 3
+
+    asyncio.run(scene())
+
+
+def test_a_deadline_kept_is_forgotten(make, delivery, engine):
+    async def scene():
+        found: list[Output] = []
+        make(timeout=0.05).begin(found.append)
+        delivery.deliver([last("b")])
+        await asyncio.sleep(0.15)
+        assert [output.finish_reason for output in found] == ["length"] and engine.cancelled == []
+
+    asyncio.run(scene())

@@ -6,17 +6,21 @@ Command-line flags are generated from `EngineConfig`: its field docstrings are t
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
+from turbolm.drafts import draft_needs, has_speculation
 from turbolm.errors import CapacityError, ConfigError, nearest
 from turbolm.kv import KvFormat, KvKind, KvShape, bytes_per_token, parse_kinds, parse_layers, resolve_format
-from turbolm.memory import ModelNeeds, weight_bytes, working_memory
+from turbolm.kv_scales import choose_scales
+from turbolm.lora import adapter_bytes, adapter_sources, as_entries, check_room
+from turbolm.memory import Conversion, ModelNeeds, weight_bytes, working_memory
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Kernels = Literal["auto", "native", "reference"]
-Speculation = Literal["auto", "off"]
+Speculation = Literal["auto", "on", "off"]
 Weights = Literal["auto", "int4", "int8", "fp8"]
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -58,19 +62,37 @@ class EngineConfig:
     "int8:k,int4:v" sets keys and values apart. int8 holds twice the tokens of 16 bits, int4 nearly four times."""
     kv_skip_layers: str = ""
     """Layers whose keys and values stay unquantized, such as "0,1,-1" (-1: the last)."""
+    kv_scales: str = "auto"
+    """Static scales of an int8 KV cache: "auto" takes those that `turbolm quantize kv` put beside the model, a path
+    those of that file; "off": each token has its own."""
     prefix_cache: bool = True
     """Keep the KV blocks of finished requests for prompts that begin the same way."""
+    deterministic: bool = False
+    """An answer has the same bits whatever else is computed with it, and however its prompt was divided: slower on a
+    GPU. On the CPU the native kernels are so at any rate."""
     speculation: Speculation = "auto"
-    """"auto" computes several tokens of an answer at once where it repeats earlier text and few requests
-    run; the answers stay the same."""
+    """"on" computes several tokens of an answer at once where it repeats earlier text and few requests run; the
+    answers stay the same. "auto": on the CPU, and on a GPU with a draft model."""
+    draft_model: str = ""
+    """A small model with the same vocabulary, whose guesses are checked several at once; the answers stay the same."""
+
+    adapters: tuple[str, ...] = field(default=(), metadata={"flag": "--adapter"})
+    """A LoRA adapter as NAME=PATH (a folder as PEFT saves it, or hf:org/name): requests that give NAME as their model
+    get it. May be given several times."""
+    max_adapters: int = 0
+    """Most adapters that are there at once, with those that come while the engine runs; 0: as many as are given."""
+    max_adapter_rank: int = 0
+    """Largest rank of an adapter; 0: the largest of those given, at least 16."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "adapters", as_entries(self.adapters))
+        check_room(self.max_adapters, self.max_adapter_rank, len(adapter_sources(self.adapters)))
         for name, allowed in (
             ("device", ("auto", "cpu", "cuda")),
             ("dtype", ("auto", "float32", "bfloat16", "float16")),
             ("weights", ("auto", "int4", "int8", "fp8")),
             ("kernels", ("auto", "native", "reference")),
-            ("speculation", ("auto", "off")),
+            ("speculation", ("auto", "on", "off")),
         ):
             value = getattr(self, name)
             if value not in allowed:
@@ -98,12 +120,33 @@ class EngineConfig:
         return replace(base or cls(), **options)  # type: ignore[arg-type]
 
 
+def with_room(config: EngineConfig, ranks: Sequence[int]) -> EngineConfig:
+    """With room for the adapters given, which have these ranks. Raises ConfigError where there is too little."""
+    highest = max(ranks, default=0)
+    if 0 < config.max_adapter_rank < highest:
+        raise ConfigError(f"max_adapter_rank is {config.max_adapter_rank}, and an adapter has rank {highest}; raise it")
+    return replace(
+        config,
+        max_adapters=config.max_adapters or len(ranks),
+        max_adapter_rank=config.max_adapter_rank or max(highest, 16),
+    )
+
+
 def parse_size(text: str, name: str) -> int:
     """`"4G"`, `"500M"`, `"1.5GiB"` or plain bytes → bytes (binary units)."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
     if not match:
         raise ConfigError(f"{name} is {text!r}; give a size such as 500M, 4G or 1.5G")
     return int(float(match[1]) * _SIZE_UNITS[match[2]])
+
+
+def parse_part(text: str, name: str) -> float:
+    """`"1%"` or `"0.01"` → 0.01. ConfigError for what isn't from 0% to 100%."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*(%?)", str(text).strip())
+    value = float(match[1]) / (100 if match[2] else 1) if match else -1.0
+    if not 0 <= value <= 1:
+        raise ConfigError(f"{name} is {text!r}; give a part from 0% to 100%, such as 1% or 0.01")
+    return value
 
 
 def format_size(num_bytes: float) -> str:
@@ -161,6 +204,12 @@ class ResolvedConfig:
     prefix_cache: bool
     speculation: bool
     tensor_parallel: int = 1
+    draft_model: str = ""
+    draft_cost: float = 0.0  # its weights, in weights of the model that it drafts for
+    deterministic: bool = False  # what computes a row's bits must not depend on other rows
+    kv_scales: str = ""  # the path of static scales; "": each token has its own
+    max_adapters: int = 0  # LoRA adapters that there is room for
+    max_adapter_rank: int = 0
     reasons: tuple[str, ...] = field(default=())
 
     @property
@@ -244,7 +293,9 @@ def _choose_kernels(config: EngineConfig, hardware: Hardware, device: str, reaso
     return "reference"
 
 
-def resolve(config: EngineConfig, model: ModelNeeds, hardware: Hardware) -> ResolvedConfig:
+def resolve(
+    config: EngineConfig, model: ModelNeeds, hardware: Hardware, draft_model: ModelNeeds | None = None
+) -> ResolvedConfig:
     """Decide every "auto". Raises ConfigError for contradictions, and CapacityError, with what is
     needed, what there is and what to change, where memory is too small."""
     backend = choose_backend(config, hardware)
@@ -252,6 +303,11 @@ def resolve(config: EngineConfig, model: ModelNeeds, hardware: Hardware) -> Reso
     on_cpu = backend.device == "cpu"
     if config.max_context > model.max_context:
         reasons.append(f"max_context {config.max_context}: beyond the {model.max_context} that the model was made for")
+    if model.conversion is not None:
+        dtype = f"{backend.dtype}, unpacked" if backend.unpack else backend.dtype
+        rounded = model.conversion.weights if config.weights == "auto" else config.weights
+        used = Conversion(backend.device, dtype, rounded, config.tensor_parallel, backend.kernels)
+        model.conversion.check(model.name, used)
     _check_weights(config, model, reasons)
     weights = weight_bytes(model, backend.device, backend.dtype, unpack=backend.unpack, rounded=config.weights)
     max_batch_size, max_batch_tokens, max_logit_rows = step_limits(config, backend.device)
@@ -261,15 +317,22 @@ def resolve(config: EngineConfig, model: ModelNeeds, hardware: Hardware) -> Reso
         free = min(gpu.free_memory for gpu in hardware.gpus[: config.tensor_parallel])
     size = config.tensor_parallel
     working = working_memory(model, backend.device, backend.dtype, max_batch_tokens, max_logit_rows, size).total
-    left = free - weights - working
+    rank = config.max_adapter_rank
+    adapters = adapter_bytes(config.max_adapters, rank, size, model, backend.dtype)
+    draft = draft_needs(config, backend, draft_model, max_batch_tokens, reasons)
+    left = free - weights - working - adapters - draft.weights - draft.working
     if left <= 0:
         raise CapacityError(
             f"'{model.name}' needs {format_size(weights)} for its weights and {format_size(working)} of working "
-            f"memory; {format_size(free)} are free on {backend.device}. Use a smaller or a quantized model"
+            + (f"memory, {format_size(adapters)} for adapters; " if adapters else "memory; ")
+            + f"{format_size(free)} are free on {backend.device}. Use a smaller or a quantized model"
             + (", or dtype 'auto'" if config.dtype != "auto" else "")
         )
+    if adapters:
+        reasons.append(f"adapters: room for {config.max_adapters} of rank up to {rank}, {format_size(adapters)}")
     kv = resolve_kv(config, model.kv_layers, backend, hardware, reasons)
-    kv_bytes = bytes_per_token(model.kv_layers, kv)
+    _check_deterministic(config, backend, kv, reasons)
+    kv_bytes = bytes_per_token(model.kv_layers, kv) + draft.kv_per_token
     block_size = config.block_size or BLOCK_SIZES[backend.device]
     pool_tokens = _pool_tokens(config, model, kv_bytes, left, block_size, max_batch_size, on_cpu, reasons)
     max_context = _max_context(config, model, pool_tokens, kv_bytes, reasons)
@@ -291,8 +354,14 @@ def resolve(config: EngineConfig, model: ModelNeeds, hardware: Hardware) -> Reso
         weight_bytes=weights,
         kv_bytes_per_token=kv_bytes,
         prefix_cache=config.prefix_cache,
-        speculation=_speculation(config, backend, reasons),
+        speculation=has_speculation(config, backend, reasons),
         tensor_parallel=config.tensor_parallel,
+        draft_model=draft.name,
+        draft_cost=draft.weights / max(1, weights),
+        deterministic=config.deterministic,
+        kv_scales=choose_scales(config.kv_scales, model.kv_scales, kv, reasons),
+        max_adapters=config.max_adapters,
+        max_adapter_rank=rank,
         reasons=tuple(reasons),
     )
 
@@ -344,9 +413,34 @@ def resolve_kv(
     return kv
 
 
+def _check_deterministic(config: EngineConfig, backend: Backend, kv: KvFormat, reasons: list[str]) -> None:
+    """Raises ConfigError for what rounds a row by what is beside it."""
+    if not config.deterministic:
+        return
+    if backend.kernels != "native":
+        raise ConfigError(
+            "deterministic needs turbolm's own kernels: plain PyTorch (kernels 'reference') rounds differently for "
+            "different numbers of rows"
+        )
+    if backend.device == "cuda" and config.tensor_parallel > 1:
+        raise ConfigError(
+            f"deterministic works on one GPU, and tensor_parallel is {config.tensor_parallel}: sums over several round "
+            "by their number of rows"
+        )
+    if backend.device == "cuda" and kv.kinds != {backend.dtype}:
+        raise ConfigError(
+            f"deterministic on a GPU keeps keys and values in '{backend.dtype}', the dtype of activations, and kv is "
+            f"{config.kv!r}; use kv 'auto'"
+        )
+    reasons.append(
+        "deterministic: "
+        + ("the native CPU kernels are so anyway" if backend.device == "cpu" else "kernels that divide all work alike")
+    )
+
+
 def _check_weights(config: EngineConfig, model: ModelNeeds, reasons: list[str]) -> None:
     """Raises ConfigError for rounding what is rounded already."""
-    if config.weights == "auto":
+    if config.weights == "auto" or model.conversion is not None:
         return
     if model.packed:
         raise ConfigError(
@@ -354,17 +448,6 @@ def _check_weights(config: EngineConfig, model: ModelNeeds, reasons: list[str]) 
             "use weights 'auto', or give the unquantized model"
         )
     reasons.append(f"weights {config.weights}: rounded at load to the nearest, without calibration")
-
-
-def _speculation(config: EngineConfig, backend: Backend, reasons: list[str]) -> bool:
-    """Whether there are drafts: where kernels give a token the same bits whatever is computed with it."""
-    if config.speculation == "off":
-        return False
-    if backend.kernels != "native" or backend.device != "cpu":
-        reasons.append("speculation off: these kernels round differently when they compute several tokens at once")
-        return False
-    reasons.append("speculation by prompt lookup: text that repeats is computed several tokens at a time")
-    return True
 
 
 def _pool_tokens(

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from turbolm.engine.step import SchedulerStats
-from turbolm.errors import EngineError, TurbolmError
+from turbolm.errors import DeadlineError, EngineError, TurbolmError
 from turbolm.stream import AnswerStream
 from turbolm.types import Output, Request
 
@@ -129,7 +129,13 @@ class Answers(AsyncIterator[Output]):
         self._id = requests[0].id
         self._num_open = len(requests)
         self._sink: Sink | None = None
+        self._timer: asyncio.TimerHandle | None = None  # of the request's deadline
         self._outputs: asyncio.Queue[Output] = asyncio.Queue()
+
+    @property
+    def request(self) -> Request:
+        """That of the first answer."""
+        return self._requests[0]
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -145,7 +151,15 @@ class Answers(AsyncIterator[Output]):
             if answers is not None:
                 answers._take(output)
 
+        def expire() -> None:
+            answers = itself()
+            if answers is not None:
+                answers._expire()
+
         self._sink = sink
+        timeout = self._requests[0].params.timeout
+        if timeout is not None:
+            self._timer = asyncio.get_running_loop().call_later(timeout, expire)
         self._delivery.open(self._id, take)
         try:
             self._engine.submit(self._requests, self._deltas)
@@ -155,7 +169,7 @@ class Answers(AsyncIterator[Output]):
 
     def end(self) -> None:
         """No further outputs. Idempotent."""
-        self._delivery.close(self._id)
+        self._close()
         self._cancel()
 
     async def aclose(self) -> None:
@@ -180,6 +194,23 @@ class Answers(AsyncIterator[Output]):
             self._delivery.abandon(self._id)
             self._cancel()
 
+    def _close(self) -> None:
+        self._delivery.close(self._id)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _expire(self) -> None:
+        """Ends what isn't done by the deadline, at once, whatever the engine is busy with."""
+        timeout = self._requests[0].params.timeout
+        error = DeadlineError(
+            f"the request was not done within its timeout of {timeout:g} s: ask for less, or wait longer"
+        )
+        for request, stream in zip(self._requests, self._streams, strict=True):
+            if not stream.is_over:
+                self._engine.cancel(self._id, request.index)
+                self._take(Output(self._id, request.index, finish_reason="error", error=error))
+
     def _cancel(self) -> None:
         if self._sink is not None and self._num_open:
             for request, stream in zip(self._requests, self._streams, strict=True):
@@ -201,7 +232,7 @@ class Answers(AsyncIterator[Output]):
         if delta.finish_reason is not None:
             self._num_open -= 1
             if not self._num_open:
-                self._delivery.close(self._id)
+                self._close()
         elif stream.is_stopped:
             self._engine.cancel(self._id, output.index)
         self._sink(delta)

@@ -10,6 +10,7 @@ VARIABLES = {
     "TURBOLM_CACHE": "folder for downloaded models and repacked weights (default ~/.cache/turbolm)",
     "TURBOLM_LOG": "log level: debug, info, warning, error (default warning)",
     "TURBOLM_ISA": "native CPU kernels of a set: generic, neon, avx2, avxvnni, avx512, avx512vnni, avx512bf16, amx",
+    "TURBOLM_DECODE": "attention of decodes on a GPU: triton, or cuda without the check of its results (default: with)",
 }
 
 

@@ -12,6 +12,7 @@
     │   ├── CheckpointError     broken, truncated or mismatched model files
     │   └── DownloadError       no network, no disk space, wrong checksum
     ├── CapacityError           the machine is too small or too busy: what is needed, what there is
+    ├── DeadlineError           a request was not done within the time that it gave itself
     └── EngineError             turbolm's own failure: a bug, or a dead engine
 
 Everything a user can cause is a `UserError` or a `CapacityError`; front ends print its message
@@ -70,6 +71,10 @@ class DownloadError(UserError):
 
 class CapacityError(TurbolmError):
     """The machine is too small, or too busy, for what was asked."""
+
+
+class DeadlineError(TurbolmError):
+    """A request that was not done within its own time limit."""
 
 
 class EngineError(TurbolmError):

@@ -3,47 +3,49 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import queue
-import sys
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+from turbolm.adapters import ServedAdapters
 from turbolm.config import DEFAULT_MODEL, EngineConfig, ResolvedConfig
 from turbolm.delivery import Answers, Delivery
+from turbolm.embedding import Embedding
 from turbolm.engine.engine import Engine
 from turbolm.engine.step import SchedulerStats
-from turbolm.errors import ContextOverflowError, EngineError, RequestError
-from turbolm.grammar import tool_grammar
+from turbolm.errors import EngineError, RequestError
+from turbolm.form import Grammar
+from turbolm.lora import adapter_sources
+from turbolm.progress import count_bar
+from turbolm.prompt import (
+    ChatOptions,
+    Message,
+    Params,
+    Prompt,
+    Texts,
+    ToolChoice,
+    Tools,
+    bad_words_ids,
+    chat_prompt,
+    check_limits,
+    constrained,
+    listed,
+    one_each,
+    plain_prompt,
+)
 from turbolm.stream import AnswerStream
-from turbolm.text import ChatTemplate, PartParser, Tokenizer, choose_reasoning_format, encode_chat, parser_for
-from turbolm.text.parser import choose_tool_format
-from turbolm.types import Completion, Grammar, Output, Request, SamplingParams, Score
+from turbolm.text import ChatTemplate, Tokenizer
+from turbolm.types import Completion, Output, Pooling, Request, SamplingParams, Score
 from turbolm.worker.supervisor import SupervisedEngine, Supervision
 
+if TYPE_CHECKING:
+    from turbolm.models.pooling import PoolingChoice
+
 T = TypeVar("T")
-Message = Mapping[str, Any]
-#: One text, one list of token ids, or several of either.
-Texts = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
-#: For all prompts, or one for each; None: what the checkpoint recommends.
-Params = SamplingParams | Sequence[SamplingParams] | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Prompt:
-    """What to compute, and how to read the answer."""
-
-    token_ids: tuple[int, ...]
-    parser: Callable[[], PartParser]
-    is_continuation: bool
-    thoughts: tuple[str, str] | None = None  # as in Grammar
 
 
 class AsyncLLM:
@@ -85,7 +87,10 @@ class AsyncLLM:
 
             loaded = load_model(model, settings, progress)
             self._model, self.config = loaded.text, loaded.config
-            self._engine = Engine(loaded.scheduler, loaded.runner, self._delivery.deliver, loaded.grammars)
+            self._engine = Engine(
+                loaded.scheduler, loaded.runner, self._delivery.deliver, loaded.grammars, loaded.adapters
+            )
+        self.adapters = ServedAdapters(self._engine, adapter_sources(settings.adapters))
         self.model_name = self._model.name
         self.tokenizer: Tokenizer = self._model.tokenizer
         self.chat_template: ChatTemplate | None = self._model.chat_template
@@ -93,51 +98,53 @@ class AsyncLLM:
         """What the checkpoint recommends; used where a request brings no parameters."""
 
     def generate(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, priority: int = 0, tenant: str = ""
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
+        priority: int = 0,
+        tenant: str = "",
     ) -> Answers:
         """Continue a text or token ids. Yields deltas; each of the `n` answers ends with one that has
-        a `finish_reason`. Closing the iterator cancels. Raises RequestError before anything runs."""
-        return self._submit(self._plain(prompt), params, priority, tenant)
+        a `finish_reason`. Closing the iterator cancels. `adapter`: the name of one of `adapters`. Raises RequestError
+        before anything runs."""
+        return self._submit(self._plain(prompt), params, priority, tenant, adapter=adapter)
 
     def chat(
         self,
         messages: Sequence[Message],
         params: SamplingParams | None = None,
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: str | Mapping[str, Any] = "auto",
+        tools: Tools | None = None,
+        tool_choice: ToolChoice = "auto",
         parallel_tool_calls: bool = True,
+        response_format: Mapping[str, Any] | Grammar | None = None,
         template_variables: Mapping[str, Any] | None = None,
+        adapter: str | None = None,
         priority: int = 0,
         tenant: str = "",
     ) -> Answers:
         """Answer a conversation (OpenAI-style messages), as `generate`. Text, reasoning and tool calls
         come as parts of their own. Control tokens typed inside messages stay plain text. `tool_choice`: "auto", "none",
         "required" or {"type": "function", "function": {"name": …}}; the latter two are enforced, and then
-        `parallel_tool_calls` says whether there may be several."""
-        if tools and tool_choice == "none":
-            tools = None
-        prompt = self._conversation(messages, tools, template_variables)
-        params = self.default_params if params is None else params
-        if tools and params.grammar is not None:
-            raise RequestError(
-                "an answer can't be by a grammar and with tools: use tool_choice 'none', or no grammar", "tools"
-            )
-        if tools and tool_choice != "auto":
-            params = replace(params, grammar=self._tool_grammar(tools, tool_choice, not parallel_tool_calls))
-        return self._submit(prompt, params, priority, tenant)
+        `parallel_tool_calls` says whether there may be several. `response_format`: OpenAI's object, such as
+        {"type": "json_schema", "json_schema": {"schema": …}}, or a Grammar; it is kept to."""
+        options = ChatOptions(tools, tool_choice, parallel_tool_calls, response_format, template_variables)
+        prompt, params = self._question(messages, params, options)
+        return self._submit(prompt, params, priority, tenant, adapter=adapter)
 
     def encode_chat(
         self,
         messages: Sequence[Message],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Tools | None = None,
         template_variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """The conversation as the model sees it, up to where its answer begins."""
         return list(self._conversation(messages, tools, template_variables).token_ids)
 
-    async def score(self, text: str | Sequence[int], *, window: int | None = None) -> Score:
+    async def score(self, text: str | Sequence[int], *, window: int | None = None, adapter: str | None = None) -> Score:
         """The log-likelihood of given text.
 
         Without `window` the whole text is one context (refused where it's too long). With it, the
@@ -145,15 +152,49 @@ class AsyncLLM:
         second half of each is scored given its first half, as llama.cpp measures perplexity."""
         token_ids = self.tokenizer.encode(text) if isinstance(text, str) else list(text)
         if window is None:
-            return Score(tuple(token_ids), await self._logprobs(token_ids))
+            return Score(tuple(token_ids), await self._logprobs(token_ids, adapter))
         if not 4 <= window <= self.config.max_context:
             raise RequestError(f"window must be from 4 to {self.config.max_context} tokens, got {window}", "window")
         if len(token_ids) < window:
             raise RequestError(f"the text has {len(token_ids)} tokens, less than one window of {window}", "text")
         starts = range(0, len(token_ids) - window + 1, window)
-        chunks = await asyncio.gather(*(self._logprobs(token_ids[start : start + window]) for start in starts))
+        jobs = [self._logprobs(token_ids[start : start + window], adapter) for start in starts]
+        chunks = await asyncio.gather(*jobs)
         halves = (value if position > window // 2 else None for chunk in chunks for position, value in enumerate(chunk))
         return Score(tuple(token_ids[: len(chunks) * window]), tuple(halves))
+
+    async def embed(
+        self,
+        text: str | Sequence[int],
+        *,
+        pooling: Pooling | None = None,
+        normalize: bool = True,
+        dimensions: int | None = None,
+        params: SamplingParams | None = None,
+        adapter: str | None = None,
+        priority: int = 0,
+        tenant: str = "",
+    ) -> Embedding:
+        """A text as one vector: the hidden state, after the final norm, of its last token, or the mean of all its
+        tokens'. `pooling`: None is as the checkpoint's makers do it, by default "last". `dimensions`: only so many
+        leading ones. `normalize`: scaled to length 1. Of `params` only `timeout` matters."""
+        choice = self.pooling
+        if pooling is None and choice.refusal is not None:
+            raise RequestError(f"'{self.model_name}' has no embeddings as it was made for: {choice.refusal}", "pooling")
+        prompt = self._plain(text)
+        pooling, params = pooling or choice.pooling, params or SamplingParams()
+        answers = self._submit(prompt, params, priority, tenant, deltas=False, pooling=pooling, adapter=adapter)
+        result = Output.collect([output async for output in answers])
+        if result.error is not None:
+            raise result.error
+        if result.embedding is None:
+            raise EngineError("the engine has ended the request without an embedding")
+        return Embedding.of(result.embedding, len(prompt.token_ids), dimensions, normalize)
+
+    @property
+    def pooling(self) -> PoolingChoice:
+        """What `embed` does where it isn't told, and why."""
+        return self._model.pooling
 
     @property
     def stats(self) -> SchedulerStats:
@@ -187,77 +228,62 @@ class AsyncLLM:
     ) -> None:
         await self.close()
 
-    def _prompt(self, prompt: str | Sequence[int] | Sequence[Message]) -> _Prompt:
+    def _prompt(self, prompt: str | Sequence[int] | Sequence[Message]) -> Prompt:
         """A text, token ids or messages."""
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
             return self._conversation(cast(Sequence[Message], prompt), None, None)
         return self._plain(cast("str | Sequence[int]", prompt))
 
-    def _plain(self, prompt: str | Sequence[int]) -> _Prompt:
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        return _Prompt(tuple(token_ids), PartParser, is_continuation=True)
+    def _plain(self, prompt: str | Sequence[int]) -> Prompt:
+        return plain_prompt(self.tokenizer, prompt)
 
     def _conversation(
         self,
         messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None,
+        tools: Tools | None,
         template_variables: Mapping[str, Any] | None,
-    ) -> _Prompt:
-        template = self.chat_template
-        if template is None:
+    ) -> Prompt:
+        if self.chat_template is None:
             raise RequestError(
                 f"'{self.model_name}' has no chat template; use generate with a plain prompt, or choose a template: "
                 "llm.chat_template = named_template('chatml')",
                 "messages",
             )
-        token_ids = encode_chat(self.tokenizer, template, messages, tools=tools, **(template_variables or {}))
-        reasoning = choose_reasoning_format(template.source)
-        tail = self.tokenizer.decode(token_ids[-16:], skip_special=False)
-        is_open = reasoning is not None and reasoning.is_open(tail)  # some templates open the block themselves
+        return chat_prompt(self.tokenizer, self.chat_template, messages, tools, template_variables)
 
-        def parser() -> PartParser:
-            return parser_for(template.source, tools_given=bool(tools), tools=tools or (), starts_in_reasoning=is_open)
+    def _question(
+        self, messages: Sequence[Message], params: SamplingParams | None, options: ChatOptions
+    ) -> tuple[Prompt, SamplingParams]:
+        """What `chat` asks."""
+        prompt = self._conversation(messages, options.shown_tools, options.template_variables)
+        params = self.default_params if params is None else params
+        return prompt, constrained(params, options, self.tokenizer, self.chat_template)
 
-        thoughts = None
-        if reasoning is not None and not tail.rstrip().endswith(reasoning.closer):
-            thoughts = ("" if is_open else reasoning.opener, reasoning.closer)
-        return _Prompt(tuple(token_ids), parser, is_continuation=False, thoughts=thoughts)
-
-    def _tool_grammar(
-        self, tools: Sequence[Mapping[str, Any]], choice: str | Mapping[str, Any], is_single: bool
-    ) -> Grammar:
-        name = None
-        if isinstance(choice, Mapping):
-            function = choice.get("function")
-            name = function.get("name") if isinstance(function, Mapping) else None
-        if choice != "required" and not isinstance(name, str):
-            raise RequestError(
-                f"tool_choice is 'auto', 'none', 'required' or names a function, got {choice!r:.80}", "tool_choice"
-            )
-        form = choose_tool_format(self.chat_template.source if self.chat_template else None)
-        if form is None:
-            raise RequestError(f"'{self.model_name}' takes no tools: its chat template has no place for them", "tools")
-        return tool_grammar(form.name, tools, self.tokenizer, name=name, is_single=is_single or name is not None)
-
-    async def _logprobs(self, token_ids: Sequence[int]) -> tuple[float | None, ...]:
+    async def _logprobs(self, token_ids: Sequence[int], adapter: str | None) -> tuple[float | None, ...]:
         params = SamplingParams(max_tokens=0, prompt_logprobs=0)
-        result = Output.collect([output async for output in self._submit(self._plain(token_ids), params, deltas=False)])
+        answers = self._submit(self._plain(token_ids), params, deltas=False, adapter=adapter)
+        result = Output.collect([output async for output in answers])
         if result.error is not None:
             raise result.error
         return tuple(None if entry is None else entry.logprob for entry in result.prompt_logprobs)
 
     def _submit(
         self,
-        prompt: _Prompt,
+        prompt: Prompt,
         params: SamplingParams | None = None,
         priority: int = 0,
         tenant: str = "",
         deltas: bool = True,
+        pooling: Pooling | None = None,
+        adapter: str | None = None,
     ) -> Answers:
         """Without `deltas`, for callers that wait for the end anyway, an answer is one output where that is
         possible: then nothing is done per token but to compute it."""
         params = self.default_params if params is None else params
-        self._check(prompt.token_ids, params)
+        self.adapters.check(adapter)
+        check_limits(
+            prompt.token_ids, params, self.config.max_context, self._model.vocab_size, has_answer=pooling is None
+        )
         eos_token_ids = self._model.eos_token_ids
         if params.grammar is not None:
             params = replace(params, grammar=replace(params.grammar, thoughts=prompt.thoughts))
@@ -268,8 +294,10 @@ class AsyncLLM:
             params=params,
             priority=priority,
             tenant=tenant,
+            adapter=adapter,
+            pooling=pooling,
             eos_token_ids=eos_token_ids,
-            bad_words_ids=self._tokenize_bad_words(params.bad_words),
+            bad_words_ids=bad_words_ids(self.tokenizer, params.bad_words),
         )
         requests = [replace(first, index=index) for index in range(params.n)]
         streams = [
@@ -278,29 +306,6 @@ class AsyncLLM:
         ]
         deltas = deltas or bool(params.stop)  # stop strings show as the text grows
         return Answers(self._engine, self._delivery, requests, streams, deltas)
-
-    def _check(self, token_ids: Sequence[int], params: SamplingParams) -> None:
-        """What depends on the model: context and vocabulary."""
-        limit, num_prompt, vocabulary = self.config.max_context, len(token_ids), self._model.vocab_size
-        wanted = 1 if params.max_tokens is None else params.max_tokens
-        if num_prompt + wanted > limit:
-            answer = "an answer" if params.max_tokens is None else f"max_tokens {params.max_tokens}"
-            raise ContextOverflowError(
-                f"the prompt has {num_prompt} tokens; with {answer} that exceeds the context of {limit} tokens. "
-                "Shorten the prompt, lower max_tokens or raise max_context",
-                "prompt",
-            )
-        for name, ids in (
-            ("prompt", token_ids), ("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids),
-        ):  # fmt: skip
-            for token in ids:
-                if not 0 <= token < vocabulary:
-                    raise RequestError(f"{name} holds token id {token}; the vocabulary is 0 to {vocabulary - 1}", name)
-
-    def _tokenize_bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """Each word as it's tokenized at the start of a text and after a space."""
-        variants = (self.tokenizer.encode(p + w, add_special=False) for w in words for p in ("", " "))
-        return tuple(dict.fromkeys(tuple(ids) for ids in variants if ids))
 
 
 class LLM:
@@ -334,39 +339,63 @@ class LLM:
         return self._llm.tokenizer
 
     @property
+    def chat_template(self) -> ChatTemplate | None:
+        return self._llm.chat_template
+
+    @property
     def default_params(self) -> SamplingParams:
         return self._llm.default_params
 
-    def generate(self, prompts: Texts, params: Params = None) -> list[Completion]:
+    @property
+    def adapters(self) -> ServedAdapters:
+        return self._llm.adapters
+
+    def generate(self, prompts: Texts, params: Params = None, *, adapter: str | None = None) -> list[Completion]:
         """Continue one prompt (a text, or token ids) or each of several; results in the order of the prompts.
         `params`: for all of them, or one for each. A bad request raises before anything runs; one that fails
         later has an output with `error`, and doesn't touch the others."""
-        return self._complete([self._llm._plain(prompt) for prompt in _listed(prompts)], params)
+        return self._complete([self._llm._plain(prompt) for prompt in listed(prompts)], params, adapter)
 
     def chat(
         self,
         conversations: Sequence[Message] | Sequence[Sequence[Message]],
         params: Params = None,
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Tools | None = None,
+        tool_choice: ToolChoice = "auto",
+        parallel_tool_calls: bool = True,
+        response_format: Mapping[str, Any] | Grammar | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+        adapter: str | None = None,
     ) -> list[Completion]:
-        """Answer one conversation (a list of messages) or several, as `generate`."""
+        """Answer one conversation (a list of messages) or several, as `generate`; the rest as in `AsyncLLM.chat`."""
         is_one = bool(conversations) and isinstance(conversations[0], Mapping)
         given: Sequence[Any] = [conversations] if is_one else conversations
-        return self._complete([self._llm._conversation(messages, tools, None) for messages in given], params)
+        options = ChatOptions(tools, tool_choice, parallel_tool_calls, response_format, template_variables)
+        own = one_each(params, len(given))
+        asked = [self._llm._question(messages, of, options) for messages, of in zip(given, own, strict=True)]
+        return self._complete([prompt for prompt, _ in asked], [of for _, of in asked], adapter)
 
     def stream(
-        self, prompt: str | Sequence[int] | Sequence[Message], params: SamplingParams | None = None
+        self,
+        prompt: str | Sequence[int] | Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
     ) -> Iterator[Output]:
         """Deltas of the answer to a text, token ids or messages, as they come. Leaving the loop cancels."""
-        return (delta for _, delta in self.stream_many([prompt], params))
+        return (delta for _, delta in self.stream_many([prompt], params, adapter=adapter))
 
     def stream_many(
-        self, prompts: Sequence[str | Sequence[int] | Sequence[Message]], params: SamplingParams | None = None
+        self,
+        prompts: Sequence[str | Sequence[int] | Sequence[Message]],
+        params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
     ) -> Iterator[tuple[int, Output]]:
         """(prompt number, delta) of all answers, as they come. Leaving the loop cancels what is left."""
         self._check_open()
-        streams = [self._llm._submit(self._llm._prompt(prompt), params) for prompt in prompts]
+        streams = [self._llm._submit(self._llm._prompt(prompt), params, adapter=adapter) for prompt in prompts]
         deltas: queue.Queue[tuple[int, Output] | BaseException | None] = queue.Queue()
 
         async def pump(index: int, stream: AsyncIterator[Output]) -> None:
@@ -389,20 +418,26 @@ class LLM:
         finally:
             future.cancel()
 
-    def score(self, texts: Texts, *, window: int | None = None) -> list[Score]:
-        """The log-likelihood and perplexity of one text (or token ids) or of each of several, as
-        `AsyncLLM.score`."""
-        given = _listed(texts)
-
+    def score(self, texts: Texts, *, window: int | None = None, adapter: str | None = None) -> list[Score]:
+        """The log-likelihood and perplexity of one text (or token ids) or of each of several."""
         self._check_open()
-        with _count_bar("scoring", len(given), self._show) as advance:
+        jobs = [self._llm.score(text, window=window, adapter=adapter) for text in listed(texts)]
+        return self._gather(jobs, "scoring")
 
-            async def one(text: Any) -> Score:
-                score = await self._llm.score(text, window=window)
-                advance(1)
-                return score
-
-            return self._gather([one(text) for text in given])
+    def embed(
+        self,
+        texts: Texts,
+        *,
+        pooling: Pooling | None = None,
+        normalize: bool = True,
+        dimensions: int | None = None,
+        adapter: str | None = None,
+    ) -> list[Embedding]:
+        """One text (or token ids) or each of several as one vector, as `AsyncLLM.embed`."""
+        self._check_open()
+        options: dict[str, Any] = {"pooling": pooling, "normalize": normalize, "dimensions": dimensions}
+        jobs = [self._llm.embed(text, adapter=adapter, **options) for text in listed(texts)]
+        return self._gather(jobs, "embedding")
 
     @property
     def stats(self) -> SchedulerStats:
@@ -428,56 +463,35 @@ class LLM:
         if self._loop.is_closed():
             raise EngineError("this model was closed; load it again")
 
-    def _complete(self, prompts: Sequence[_Prompt], params: Params) -> list[Completion]:
+    def _complete(self, prompts: Sequence[Prompt], params: Params, adapter: str | None) -> list[Completion]:
         self._check_open()
-        given = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
-        if len(given) != len(prompts):
-            raise RequestError(
-                f"{len(given)} sampling parameters for {len(prompts)} prompts: give one for each, or one for all",
-                "params",
-            )
-        streams = [self._llm._submit(prompt, own, deltas=False) for prompt, own in zip(prompts, given, strict=True)]
-        with _count_bar("generating", len(prompts), self._show) as advance:
+        asked = list(zip(prompts, one_each(params, len(prompts)), strict=True))
+        streams = [self._llm._submit(prompt, own, deltas=False, adapter=adapter) for prompt, own in asked]
 
-            async def one(prompt: _Prompt, stream: AsyncIterator[Output]) -> Completion:
-                deltas: dict[int, list[Output]] = {}
-                async for delta in stream:
-                    deltas.setdefault(delta.index, []).append(delta)
+        async def one(prompt: Prompt, stream: AsyncIterator[Output]) -> Completion:
+            deltas: dict[int, list[Output]] = {}
+            async for delta in stream:
+                deltas.setdefault(delta.index, []).append(delta)
+            return Completion(prompt.token_ids, tuple(Output.collect(deltas[index]) for index in sorted(deltas)))
+
+        jobs = [one(prompt, stream) for prompt, stream in zip(prompts, streams, strict=True)]
+        return self._gather(jobs, "generating")
+
+    def _gather(self, jobs: Sequence[Coroutine[Any, Any, T]], title: str = "") -> list[T]:
+        """Run coroutines together on the engine's loop, and wait, with a progress bar; ctrl-C cancels them."""
+        with count_bar(title, len(jobs), self._show) as advance:
+
+            async def one(job: Coroutine[Any, Any, T]) -> T:
+                result = await job
                 advance(1)
-                return Completion(prompt.token_ids, tuple(Output.collect(deltas[index]) for index in sorted(deltas)))
+                return result
 
-            return self._gather([one(prompt, stream) for prompt, stream in zip(prompts, streams, strict=True)])
+            async def run() -> list[T]:
+                return list(await asyncio.gather(*(one(job) for job in jobs)))
 
-    def _gather(self, jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-        """Run coroutines together on the engine's loop, and wait; ctrl-C cancels them."""
-
-        async def run() -> list[T]:
-            return list(await asyncio.gather(*jobs))
-
-        future = asyncio.run_coroutine_threadsafe(run(), self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-
-
-def _listed(given: Texts) -> list[Any]:
-    """One text, or one list of token ids, as a list of one."""
-    is_one = isinstance(given, str) or (len(given) > 0 and isinstance(given[0], int))
-    return [given] if is_one else list(given)
-
-
-Advance = Callable[[int], None]
-
-
-@contextlib.contextmanager
-def _count_bar(title: str, total: int, show: bool) -> Iterator[Advance]:
-    """A progress bar over things done, on a terminal's standard error; silent elsewhere and for one."""
-    if not show or total < 2 or not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda count: bar.advance(task, count)
+            future = asyncio.run_coroutine_threadsafe(run(), self._loop)
+            try:
+                return future.result()
+            except BaseException:
+                future.cancel()
+                raise

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import ctypes
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from turbolm.config import EngineConfig, ResolvedConfig, resolve
-from turbolm.engine.build import build, build_null, model_needs, null_needs
+from turbolm.config import EngineConfig, ResolvedConfig, resolve, with_room
+from turbolm.engine.adapters import Adapters
+from turbolm.engine.build import Draft, build, build_null, model_needs, null_needs
 from turbolm.engine.engine import StepRunner
 from turbolm.engine.scheduler import Scheduler
 from turbolm.errors import CheckpointError, ConfigError
+from turbolm.fallbacks import collected
 from turbolm.grammar import GrammarCompiler
 from turbolm.hub import fetch
+from turbolm.hub.adapters import fetch_adapter
+from turbolm.lora import adapter_sources
+from turbolm.memory import ModelNeeds
 from turbolm.models import loader
 from turbolm.models.checkpoint import Checkpoint, open_checkpoint
+from turbolm.models.peft import read_adapter
+from turbolm.models.pooling import PoolingChoice, choose_pooling
 from turbolm.models.registry import decoder_spec
 from turbolm.ops.hardware import probe
 from turbolm.text import ChatTemplate, Tokenizer, byte_tokenizer, load_tokenizer, tokenizer_from_gguf
@@ -41,6 +50,7 @@ class ModelText:
     chat_template: ChatTemplate | None
     eos_token_ids: tuple[int, ...]
     default_params: SamplingParams
+    pooling: PoolingChoice
 
     @property
     def vocab_size(self) -> int:
@@ -55,6 +65,7 @@ class LoadedModel:
     scheduler: Scheduler
     runner: StepRunner
     grammars: GrammarCompiler
+    adapters: Adapters | None = None  # where there is room for some
 
     @property
     def name(self) -> str:
@@ -74,6 +85,10 @@ def load_model(name: str, config: EngineConfig, progress: bool) -> LoadedModel:
             raise ConfigError(
                 f"tensor_parallel is {config.tensor_parallel}, and '{NULL_MODEL}' has no weights to divide; use 1"
             )
+        if config.draft_model:
+            raise ConfigError(f"'{NULL_MODEL}' needs no drafts: leave draft_model out")
+        if config.adapters or config.max_adapters:
+            raise ConfigError(f"'{NULL_MODEL}' has no weights for an adapter to add to: leave adapters out")
         return _null(resolve(config, null_needs(), hardware))
     local = fetch(name, progress=progress)
     checkpoint = open_checkpoint(local.path)
@@ -84,10 +99,60 @@ def load_model(name: str, config: EngineConfig, progress: bool) -> LoadedModel:
             f"'{name}': the tokenizer has {text.vocab_size} tokens, the model {spec.vocab_size}; the files "
             "don't belong together"
         )
-    resolved = resolve(config, model_needs(local.name, checkpoint, spec, config.tensor_parallel), hardware)
-    with _loading_bar(local.name, progress) as advance:
-        parts = build(checkpoint, spec, resolved, text.vocab_size, advance)
-    return LoadedModel(local.path, text, resolved, parts.scheduler, parts.runner, _grammars(text))
+    adapters = {
+        name: read_adapter(fetch_adapter(path), spec) for name, path in adapter_sources(config.adapters).items()
+    }
+    config = with_room(config, [adapter.rank for adapter in adapters.values()])
+    draft, draft_needs = _draft(config.draft_model, text, progress) if config.draft_model else (None, None)
+    needs = model_needs(local.name, checkpoint, spec, config.tensor_parallel)
+    resolved = resolve(config, needs, hardware, draft_needs)
+    with _loading_bar(local.name, progress) as advance, collected() as fallbacks:
+        parts = build(checkpoint, spec, resolved, text.vocab_size, advance, draft)
+    if parts.adapters is not None:
+        for own_name, adapter in adapters.items():
+            parts.adapters.add(own_name, adapter)
+    resolved = replace(resolved, reasons=(*resolved.reasons, _stored(checkpoint), *fallbacks))
+    path = local.path
+    del checkpoint, local, adapters  # a GGUF file's vocabulary and merges are in there
+    _return_memory()
+    return LoadedModel(path, text, resolved, parts.scheduler, parts.runner, _grammars(text), parts.adapters)
+
+
+def _stored(checkpoint: Checkpoint) -> str:
+    """In which formats the matrices lie in the files, the commonest first."""
+    matrices = (info for info in checkpoint.source.tensors.values() if len(info.shape) > 1)
+    kinds = collections.Counter(info.dtype.lower() for info in matrices)
+    names = ", ".join(name for name, _ in kinds.most_common()) or "none"
+    packing = "" if checkpoint.packing is None else f", packed as {', '.join(checkpoint.packing.formats)}"
+    return f"weights in the files: {names}{packing}"
+
+
+def _return_memory() -> None:
+    """Gives what loading took and freed back to the system, where the C library has a call for that (glibc)."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def _draft(name: str, text: ModelText, progress: bool) -> tuple[Draft, ModelNeeds]:
+    """A draft model's files, and what it takes. Raises ConfigError where its tokens are not the model's."""
+    local = fetch(name, progress=progress)
+    checkpoint = open_checkpoint(local.path)
+    spec = decoder_spec(checkpoint.config)
+    own, tokenizer = _tokenizer(checkpoint), text.tokenizer
+    problem = ""
+    if own.vocab_size != tokenizer.vocab_size:
+        problem = f"has {own.vocab_size} tokens, '{text.name}' {tokenizer.vocab_size}"
+    for token in range(tokenizer.vocab_size if not problem else 0):
+        if own.token_text(token) != tokenizer.token_text(token):
+            texts = own.token_text(token), tokenizer.token_text(token)
+            problem = f"has {texts[0]!r} as token {token}, '{text.name}' {texts[1]!r}"
+            break
+    if problem or spec.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"draft_model '{name}' {problem or 'has fewer logits than tokens'}: it must have the same vocabulary; take "
+            "a smaller model of the same family"
+        )
+    return Draft(checkpoint, spec), model_needs(local.name, checkpoint, spec)
 
 
 def _null(config: ResolvedConfig) -> LoadedModel:
@@ -108,12 +173,13 @@ def _text(name: str, checkpoint: Checkpoint) -> ModelText:
         chat_template=ChatTemplate.of(tokenizer) if tokenizer.chat_template else None,
         eos_token_ids=tuple(dict.fromkeys([*tokenizer.eos_ids, *(token for ids in eos for token in ids)])),
         default_params=_default_params(checkpoint.generation_config),
+        pooling=choose_pooling(checkpoint),
     )
 
 
 def _null_text() -> ModelText:
     tokenizer = byte_tokenizer()
-    return ModelText(NULL_MODEL, tokenizer, ChatTemplate.of(tokenizer), (), SamplingParams())
+    return ModelText(NULL_MODEL, tokenizer, ChatTemplate.of(tokenizer), (), SamplingParams(), PoolingChoice())
 
 
 def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from turbolm.errors import ConfigError
 from turbolm.kv import KvShape
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -17,7 +18,29 @@ _FORMAT_BYTES = {
 }
 _RESERVE = 300 << 20  # bytes for everything but weights and KV cache
 _GRAPHS = 1 << 30  # bytes for CUDA graphs and the workspaces of libraries
+_COUNTS = 128 << 20  # bytes at most of how often answers hold each token, on a GPU
 _COMMUNICATION = 1 << 30  # bytes for what several processes take to work together, on each GPU
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What a model was converted to, by `turbolm convert`: it can be loaded so, and not otherwise."""
+
+    device: str
+    dtype: str  # of activations
+    weights: str  # what they were rounded to, or "auto"
+    tensor_parallel: int
+    kernels: str = "native"
+
+    def check(self, name: str, used: Conversion) -> None:
+        """Raises ConfigError where the model `name` is to be loaded as `used`, which is something else."""
+        for field in ("device", "kernels", "tensor_parallel", "weights", "dtype"):
+            made, value = getattr(self, field), getattr(used, field)
+            if value != made:
+                raise ConfigError(
+                    f"'{name}' was converted for {field} {made!r}, and here it is {value!r}: set {field} so, convert "
+                    "the model again, or give the one that was converted"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +56,10 @@ class ModelNeeds:
     activation_elements: int = 0  # per token of a step, where a layer holds the most
     layer_parameters: int = 0  # those of `num_parameters` that are in matrices of layers
     packed: tuple[str, ...] = ()  # formats of the layers' matrices, where these are quantized
+    adapter_elements: int = 0  # numbers of a LoRA adapter of rank 1 on every matrix of the layers
     has_column_order: bool = False  # quantized in an order of columns, for which the CPU has no kernels
+    conversion: Conversion | None = None
+    kv_scales: str = ""  # the path of static scales of its KV cache, where calibration left some
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +71,16 @@ class WorkingMemory:
     activations: int  # of the largest step
     graphs: int
     communication: int
+    counts: int  # of answers' tokens, for penalties
 
     @property
     def total(self) -> int:
-        return self.reserve + self.logits + self.activations + self.graphs + self.communication
+        return self.reserve + self.logits + self.activations + self.graphs + self.communication + self.counts
+
+
+def num_counted(max_batch_size: int, vocab_size: int) -> int:
+    """Sequences whose tokens a GPU counts; penalties of further ones are the host's work."""
+    return max(1, min(max_batch_size, _COUNTS // (4 * vocab_size)))
 
 
 def working_memory(
@@ -62,12 +94,15 @@ def working_memory(
         activations=max_batch_tokens * model.activation_elements * ITEM_BYTES[dtype] if on_gpu else 0,
         graphs=_GRAPHS if on_gpu else 0,
         communication=_COMMUNICATION if on_gpu and tensor_parallel > 1 else 0,
+        counts=4 * model.num_logits * num_counted(max_logit_rows, model.num_logits) if on_gpu else 0,
     )
 
 
 def weight_bytes(model: ModelNeeds, device: str, dtype: str, *, unpack: bool, rounded: str) -> int:
     """The weights as the backend keeps them. `dtype`: of activations; `rounded`: what unquantized weights are
     rounded to at load, or "auto"."""
+    if model.conversion is not None:
+        return model.packed_bytes
     if unpack:
         return model.num_parameters * ITEM_BYTES[dtype]
     if device == "cuda":

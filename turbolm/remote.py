@@ -10,9 +10,12 @@ from typing import Any
 import httpx
 
 from turbolm.errors import ConfigError, EngineError, RequestError
+from turbolm.events import EventReader, error_message
+from turbolm.form import Grammar
 from turbolm.types import FinishReason, Output, Part, ReasoningPart, SamplingParams, TextPart, ToolCallPart, Usage
 
 _DEFAULTS = SamplingParams()
+_STRUCTURED = {"ebnf": "grammar"}
 _RENAMED = {"include_stop": "include_stop_str_in_output"}
 _FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "tool_calls": "tool_calls"}
 
@@ -45,7 +48,7 @@ class RemoteLLM:
         try:
             response = httpx.get(f"{self.url}/models", headers=headers, timeout=10)
             if response.status_code >= 400:
-                raise ConfigError(f"{self.url}/models answered {response.status_code}: {_message(response.text)}")
+                raise ConfigError(f"{self.url}/models answered {response.status_code}: {error_message(response.text)}")
             models = {str(entry["id"]): entry for entry in response.json()["data"]}
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ConfigError(
@@ -80,10 +83,10 @@ class RemoteLLM:
         try:
             async with self._client.stream("POST", f"{self.url}/chat/completions", json=body) as response:
                 if response.status_code >= 400:
-                    text = _message((await response.aread()).decode(errors="replace"))
+                    text = error_message((await response.aread()).decode(errors="replace"))
                     kind = RequestError if response.status_code < 500 else EngineError
                     raise kind(f"the server refused ({response.status_code}): {text}")
-                async for event in _events(response.aiter_lines()):
+                async for event in _events(response):
                     usage = _usage(event) or usage
                     for choice in event.get("choices") or ():
                         finish = _finish(choice.get("finish_reason")) or finish
@@ -100,31 +103,35 @@ class RemoteLLM:
         await self._client.aclose()
 
     def _fields(self, params: SamplingParams, explicit: Collection[str]) -> dict[str, object]:
-        sent = {}
+        sent: dict[str, object] = {}
         for field in fields(params):
             value = getattr(params, field.name)
+            if isinstance(value, Grammar):
+                sent |= _grammar_fields(value)
+                continue
             if field.name in explicit or value != getattr(_DEFAULTS, field.name):
                 sent[_RENAMED.get(field.name, field.name)] = list(value) if isinstance(value, tuple) else value
         return sent
 
 
-async def _events(lines: AsyncIterator[str]) -> AsyncIterator[dict[str, Any]]:
-    """The JSON objects of a stream of server-sent events, up to [DONE]."""
-    async for line in lines:
-        if not line.startswith("data:"):
-            continue
-        data = line[5:].strip()
-        if data == "[DONE]":
+def _grammar_fields(grammar: Grammar) -> dict[str, object]:
+    """As OpenAI's API has it, where it does, and as vLLM and turbolm have it."""
+    if grammar.kind == "json":
+        return {"response_format": {"type": "json_object"}}
+    if grammar.kind == "json_schema":
+        described = {"name": "answer", "schema": json.loads(grammar.value), "strict": True}
+        return {"response_format": {"type": "json_schema", "json_schema": described}}
+    value = list(grammar.value) if grammar.kind == "choice" else grammar.value
+    return {"structured_outputs": {_STRUCTURED.get(grammar.kind, grammar.kind): value}}
+
+
+async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    reader = EventReader()
+    async for piece in response.aiter_bytes():
+        for event in reader.read(piece):
+            yield event
+        if reader.is_done:
             return
-        try:
-            event = json.loads(data)
-        except ValueError:
-            raise EngineError(f"the server sent what isn't JSON: {data[:100]}") from None
-        if not isinstance(event, dict):
-            raise EngineError(f"the server sent what isn't an event: {data[:100]}")
-        if event.get("error"):
-            raise EngineError(f"the server failed: {_message(data)}")
-        yield event
 
 
 def _parts(delta: Mapping[str, Any]) -> Iterator[Part]:
@@ -149,15 +156,3 @@ def _usage(event: Mapping[str, Any]) -> Usage | None:
     if not isinstance(usage, dict):
         return None
     return Usage(int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
-
-
-def _message(text: str) -> str:
-    """The message inside an error body, else its beginning."""
-    try:
-        body = json.loads(text)
-    except ValueError:
-        return text.strip()[:200] or "no reason given"
-    for key in ("error", "message", "detail"):
-        if isinstance(body, dict) and key in body:
-            body = body[key]
-    return str(body)[:500]

@@ -3,6 +3,8 @@ reasoning, text and tool calls."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from turbolm.text import Detokenizer, PartParser, StopStrings, Tokenizer
 from turbolm.types import Output, Part, Request, ToolCallPart, Usage
 
@@ -80,8 +82,7 @@ class AnswerStream:
         self.is_over = True
         reason, usage = output.finish_reason, output.usage
         if self.is_stopped:
-            num_cached = usage.cached_tokens if usage else 0
-            usage = Usage(len(self.request.prompt_token_ids), self._num_tokens, num_cached)
+            usage = replace(usage or Usage(len(self.request.prompt_token_ids), 0), completion_tokens=self._num_tokens)
             output, reason = output._replace(stop=self._stops.matched, usage=usage, error=None), "stop"
         if reason == "stop" and self._has_tool_call:
             reason = "tool_calls"

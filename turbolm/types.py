@@ -12,109 +12,26 @@ from __future__ import annotations
 
 import enum
 import itertools
-import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from turbolm.errors import RequestError, TurbolmError, nearest
+from turbolm.form import Grammar
 
 if TYPE_CHECKING:
     import torch
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "error"]
 
+#: How a text's hidden states become one vector: the last token's, or the mean of all tokens'.
+Pooling = Literal["last", "mean"]
+
 MAX_LOGPROBS = 100  # alternatives per position that a request may ask for
 MAX_STOP = 64  # stop strings, stop token ids and bad words that a request may carry, each
-MAX_GRAMMAR_CHARS = 1 << 18
-MAX_SCHEMA_DEPTH = 64  # of nested objects and lists in a JSON schema
-
-GrammarKind = Literal["json", "json_schema", "regex", "choice", "ebnf"]
-
-
-@dataclass(frozen=True, slots=True)
-class Grammar:
-    """What an answer's text must be. Every token is chosen so that the text can still become such a text, and
-    the answer ends, with "stop", where it has. Small enough is checked here; whether the rest is right, when
-    the request is prepared (turbolm/grammar)."""
-
-    kind: GrammarKind
-    """json: an object; json_schema: JSON of a schema; regex: all of the text matches; choice: one of
-    several texts; ebnf: a context-free grammar, in Lark's notation or llama.cpp's."""
-    value: Any = None
-    """None for json; a schema, as an object or its JSON; a regular expression; a list of texts; a grammar."""
-    thoughts: tuple[str, str] | None = None
-    """Markers around free text that comes first; it may be missing, but where the first marker is empty (the
-    prompt has opened it). Filled in from the model's chat template."""
-    parameter: str = field(default="grammar", compare=False)
-    """The request's field that it comes from, for errors."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "value", _GRAMMAR_VALUES.get(self.kind, _unknown_grammar)(self.value, self.kind))
-        size = sum(map(len, self.value)) if isinstance(self.value, (str, tuple)) else 0
-        if size > MAX_GRAMMAR_CHARS:
-            raise RequestError(f"the {self.kind} has {size} characters; allowed are {MAX_GRAMMAR_CHARS}", "grammar")
-        if self.thoughts is not None:
-            object.__setattr__(self, "thoughts", tuple(self.thoughts))
-
-
-def _unknown_grammar(_: object, kind: str) -> object:
-    known = ", ".join(_GRAMMAR_VALUES)
-    raise RequestError(
-        f"unknown kind of grammar {kind!r}.{nearest(str(kind), _GRAMMAR_VALUES)} Known: {known}", "grammar"
-    )
-
-
-def _no_value(value: object, kind: str) -> None:
-    if value is not None:
-        raise RequestError(f"a grammar of kind {kind} takes no value; for a schema, use json_schema", "grammar")
-
-
-def _schema_text(value: object, _: str) -> str:
-    """Its canonical JSON."""
-    try:
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        if len(text) > MAX_GRAMMAR_CHARS:
-            return text  # refused by its caller
-        schema = json.loads(text)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise RequestError(f"the schema is no JSON: {error}", "grammar") from None
-    if not isinstance(schema, dict):
-        raise RequestError(f"a schema is an object, got {text[:80]}", "grammar")
-    level: list[object] = [schema]
-    for _depth in range(MAX_SCHEMA_DEPTH):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer if isinstance(outer, list) else ())
-        ]
-        if not level:
-            return json.dumps(schema, ensure_ascii=False)
-    raise RequestError(f"the schema is nested more than {MAX_SCHEMA_DEPTH} deep", "grammar")
-
-
-def _grammar_text(value: object, kind: str) -> str:
-    if not isinstance(value, str):
-        raise RequestError(f"a grammar of kind {kind} takes a string, got {value!r:.80}", "grammar")
-    return value
-
-
-def _choices(value: object, _: str) -> tuple[str, ...]:
-    texts = tuple(value) if isinstance(value, (list, tuple)) else ()
-    if not texts or not all(isinstance(text, str) and text for text in texts):
-        raise RequestError(f"a choice takes a list of non-empty strings, got {value!r:.80}", "grammar")
-    return tuple(dict.fromkeys(texts))
-
-
-_GRAMMAR_VALUES: dict[str, Callable[[object, str], Any]] = {
-    "json": _no_value,
-    "json_schema": _schema_text,
-    "regex": _grammar_text,
-    "choice": _choices,
-    "ebnf": _grammar_text,
-}
+MAX_TIMEOUT = 1e6  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +81,8 @@ class SamplingParams:
     """Leave control tokens out of the text."""
     grammar: Grammar | None = None
     """What the answer must be: JSON of a schema, a regular expression, one of several texts."""
+    timeout: float | None = None
+    """Seconds from when the request is submitted; if it isn't done by then, it ends with a DeadlineError."""
 
     def __post_init__(self) -> None:
         for name in ("stop", "bad_words"):
@@ -187,6 +106,8 @@ class SamplingParams:
         self._check_int("logprobs", 0, MAX_LOGPROBS, optional=True)
         self._check_int("prompt_logprobs", 0, MAX_LOGPROBS, optional=True)
         self._check_int("seed", -(1 << 63), (1 << 64) - 1, optional=True)
+        if self.timeout is not None:
+            self._check_number("timeout", 0.0, MAX_TIMEOUT, above_low=True)
         for name in ("stop", "stop_token_ids", "bad_words"):
             if len(getattr(self, name)) > MAX_STOP:
                 raise RequestError(f"{name} takes at most {MAX_STOP} entries, got {len(getattr(self, name))}", name)
@@ -239,6 +160,14 @@ class SamplingParams:
         return self.temperature == 0.0
 
 
+class LoadedAdapter(NamedTuple):
+    """An adapter as the engine has it: one that comes later under the same name is another."""
+
+    name: str
+    number: int  # unique in an engine
+    place: int  # where its weights are
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One answer to one prompt. Every front end converts straight to it (`n` answers are `n`
@@ -256,17 +185,27 @@ class Request:
     tenant: str = ""
     """Prefix-cache namespace: KV blocks are shared within one tenant only."""
     adapter: str | None = None
+    """Name of a LoRA adapter that the engine has; None: the model as it is."""
+    pooling: Pooling | None = None
+    """The prompt's hidden states are wanted as one vector, and no answer."""
     eos_token_ids: tuple[int, ...] = ()
     """The model's end-of-text tokens (ignored under `ignore_eos`)."""
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
     """`params.bad_words`, tokenized."""
     compiled_grammar: object | None = field(default=None, compare=False, repr=False)
     """`params.grammar`, as turbolm/grammar compiles it. The engine sees to it."""
+    loaded_adapter: LoadedAdapter | None = field(default=None, compare=False, repr=False)
+    """The adapter that bore the name when the request came. The engine sees to it."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt_token_ids", tuple(self.prompt_token_ids))
         if not self.prompt_token_ids:
             raise RequestError("the prompt is empty: give at least one token", "prompt")
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether any token is to be generated."""
+        return self.pooling is None and self.params.max_tokens != 0
 
 
 class SequenceState(enum.Enum):
@@ -280,7 +219,7 @@ class Sequence:
 
     __slots__ = (
         "__weakref__", "arrival", "blocks", "finish_reason", "num_cached", "num_computed", "num_preemptions",
-        "request", "state", "stop", "token_ids",
+        "queued", "request", "state", "stop", "token_ids",
     )  # fmt: skip
 
     def __init__(self, request: Request) -> None:
@@ -294,6 +233,7 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.stop: int | None = None  # the token that ended it
         self.arrival = time.monotonic()
+        self.queued = 0.0  # seconds from there to its first step
 
     @property
     def num_prompt(self) -> int:
@@ -329,6 +269,8 @@ class Batch:
     num_decodes: int = 0  # leading sequences with one new token each
     chunks: tuple[tuple[int, int, int], ...] = ()
     """Of the sequences after those: first row in [t], number of rows, context length with these rows."""
+    shares_context: bool = False  # some decodes are of one sequence: a row's context holds what others of them store
+    adapters: torch.Tensor | None = None  # [t] place of each row's adapter, -1: none; None where no row has one
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,6 +313,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0  # prompt tokens whose K/V came from the prefix cache
+    queued: float = field(default=0.0, compare=False)  # seconds that the request waited for its first step
 
     @property
     def total_tokens(self) -> int:
@@ -391,6 +334,7 @@ class Output(NamedTuple):
     stop: int | str | None = None  # the stop token or string that ended the answer
     usage: Usage | None = None
     error: TurbolmError | None = None
+    embedding: bytes | None = None  # of a request with pooling: float32 [hidden size], little-endian, not normalized
 
     @property
     def text(self) -> str:
@@ -421,6 +365,7 @@ class Output(NamedTuple):
             stop=last.stop,
             usage=last.usage,
             error=last.error,
+            embedding=last.embedding,
         )
 
 

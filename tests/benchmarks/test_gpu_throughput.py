@@ -25,6 +25,7 @@ SMALL = [
 def options(model: Path, **changes: Any) -> argparse.Namespace:
     values: dict[str, Any] = {
         "model": model, "workloads": ["w1"], "only": None, "greedy": False, "stream": False, "dtype": "auto",
+        "deterministic": False,
         "seconds": 60.0, "must": 1.0, "json": None, "device": "cpu", "option": ["max_context=256"],
     }  # fmt: skip
     return argparse.Namespace(**{**values, **changes})

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from turbolm.cache.spec import CacheSpec
 from turbolm.kv import KINDS, KvFormat, KvKind, KvShape, bytes_per_token
+from turbolm.kv_scales import LayerRanges
 from turbolm.ops import LayerCache
 
 CPU = torch.device("cpu")
@@ -39,3 +40,14 @@ def test_codes_come_with_scales_and_need_a_kind() -> None:
     assert LayerCache(torch.zeros(1, 1, 8, 4), torch.zeros(1, 1, 8, 4)).kind_v == "float32"
     with pytest.raises(AssertionError):
         LayerCache(cache.k, cache.v)
+
+
+def test_static_ranges_are_those_of_int8_alone() -> None:
+    ranges = LayerRanges(((-2.55, 0.0), (1.0, 1.0)), ((0.0, 510.0), (-1.0, 1.0)))
+    layers = (KvShape(2, 32, 32),) * 2
+    spec = CacheSpec(layers, KvFormat("int8", "int4", "float16", skipped=(1,)), (ranges,) * 2)
+    first, second = spec.allocate(2, 8, CPU)
+    assert first.k_range is not None and first.k_range.dtype == torch.float16
+    expected = torch.tensor([[0.01, -2.55], [2.0**-14, 1.0]])
+    torch.testing.assert_close(first.k_range.float(), expected, rtol=1e-3, atol=0)
+    assert first.v_range is second.k_range is second.v_range is None

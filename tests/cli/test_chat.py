@@ -36,6 +36,22 @@ def test_prompt_flag_and_reasoning_aside(toy):
     assert toy.bodies[-1]["model"] == "other"
 
 
+def test_json_schema_from_a_file_or_in_place(toy, tmp_path):
+    schema = {"type": "object", "properties": {"age": {"type": "integer"}}}
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps(schema))
+    for given in (str(path), json.dumps(schema)):
+        assert pipe(toy, "--json-schema", given, "--prompt", "Hi")[0] == 0
+        sent = toy.bodies[-1]["response_format"]
+        assert (sent["type"], sent["json_schema"]["schema"]) == ("json_schema", schema)
+
+
+def test_schemas_that_cannot_be_read(toy, tmp_path):
+    for given in (str(tmp_path / "missing.json"), "{not json", "[1]"):
+        status, out, err = pipe(toy, "--json-schema", given, "--prompt", "Hi")
+        assert (status, out) == (2, "") and err.startswith("turbolm: json_schema: ")
+
+
 def test_markdown_goes_through_a_pipe_unchanged(toy):
     _, out, _ = pipe(toy, "--prompt", "markdown")
     assert out.startswith("# Title\n\nSome *emphasis* and `code`.")

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import pytest
 from cyclopts import App, CycloptsError
@@ -20,6 +20,8 @@ class Paint:
     """Shines."""
     colors: tuple[str, ...] = ()
     """Which colors."""
+    coats: tuple[str, ...] = field(default=(), metadata={"flag": "--coat"})
+    """One at a time."""
     secret: int = 0
     """Not a flag."""
 
@@ -33,6 +35,10 @@ def run(arguments):
         return wall, given(options, Paint)
 
     return app(arguments, exit_on_error=False, print_error=False)
+
+
+def test_a_field_may_name_its_flag():
+    assert run(["north", "--coat", "a=b", "--coat", "c"]) == ("north", {"coats": ("a=b", "c")})
 
 
 def test_only_what_is_given_is_passed_on():

@@ -73,6 +73,18 @@ def test_mistakes_end_with_a_message(model, tmp_path, capsys, arguments, message
     assert message in capsys.readouterr().err
 
 
+def test_static_scales_of_a_kv_cache(model, tmp_path, capsys):
+    options = ["--context", "64", "--samples", "4"]
+    assert main(["quantize", "kv", model, *options]) == 0
+    assert f"{model}/kv_scales.json: static scales" in capsys.readouterr().out
+    assert main(["quantize", "kv", model, "-o", str(tmp_path / "other.json"), *options]) == 0
+    assert (tmp_path / "other.json").read_text() == (tmp_path / "model" / "kv_scales.json").read_text()
+    assert main(["quantize", "kv", model, "--group-size", "64"]) == 2
+    assert "group_size says nothing of a KV cache; kv takes data, samples, context, device" in capsys.readouterr().err
+    assert main(["quantize", "kv", model, "--context", "4000"]) == 2
+    assert "context is 4000; allowed: 1 to 128" in capsys.readouterr().err
+
+
 def test_help_does_not_load_torch():
     code = (
         "import sys; from turbolm.cli.main import main; main(['quantize', '--help']); sys.exit('torch' in sys.modules)"

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
+import types
 
 import pytest
 from hypothesis import given, settings
@@ -71,11 +73,36 @@ def test_bad_files(tmp_path, name, content, message):
         load_samples(str(path), TOKENIZER, 10, 512)
 
 
-def test_missing_file_and_package(tmp_path):
+def test_missing_file_and_package(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="No such file"):
         load_samples(str(tmp_path / "none.txt"), TOKENIZER, 10, 512)
-    with pytest.raises(ConfigError, match=r"pip install datasets|can't load"):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match="pip install datasets"):
         load_samples("hf:nobody/nothing", TOKENIZER, 10, 512)
+
+
+def test_datasets(monkeypatch):
+    """Names and splits are passed on; rows are those of .jsonl files."""
+    asked = []
+
+    class Rows(list):
+        def take(self, count):
+            return self[:count]
+
+    def load_dataset(name, *, split, streaming):
+        asked.append((name, split, streaming))
+        if name == "org/broken":
+            raise ValueError("no such split")
+        return Rows([{"text": "a" * 20}, {"prompt": "b", "completion": "c"}, {"other": 1}])
+
+    errors = types.SimpleNamespace(DatasetsError=OSError)
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset, exceptions=errors))
+    assert [len(ids) for ids in load_samples("hf:org/name:test", TOKENIZER, 2, 10).token_ids] == [10, 3]
+    with pytest.raises(ConfigError, match="hf:org/name, row 3 has other; it needs"):
+        load_samples("hf:org/name", TOKENIZER, 3, 10)
+    with pytest.raises(ConfigError, match="can't load hf:org/broken: no such split"):
+        load_samples("hf:org/broken", TOKENIZER, 3, 10)
+    assert asked == [("org/name", "test", True), ("org/name", "train", True), ("org/broken", "train", True)]
 
 
 @settings(max_examples=40, deadline=None)

@@ -19,7 +19,7 @@ STOP = 8
 
 
 def namespace(request):
-    return zlib.crc32(repr((request.tenant, request.adapter)).encode())
+    return zlib.crc32(repr((request.tenant, request.loaded_adapter)).encode())
 
 
 def state_of(request, past, token):
@@ -69,6 +69,9 @@ class Oracle:
             states.append(state_of(request, states, token))
         drafts = next_tokens(request, states, self.random.randint(0, limit))
         return tuple((t + 1) % VOCABULARY if self.random.random() < self.lies else t for t in drafts)
+
+    def promises(self, num_decodes):
+        return len(self.token_ids) % 2 == 0
 
 
 class Model:

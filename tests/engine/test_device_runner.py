@@ -4,27 +4,34 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from tiny import TINY_MODELS
 
+from turbolm.engine.batch import StepArrays
 from turbolm.engine.device_runner import DeviceRunner
+from turbolm.engine.graph import DecodeGraphs, GraphKey
 from turbolm.engine.runner import Runner
 from turbolm.engine.scheduler import Scheduler
+from turbolm.engine.speculative import MAX_ROWS, Costs, PromptLookup
 from turbolm.engine.step_device import StepDevice
 from turbolm.kv import KvFormat
 from turbolm.models.checkpoint import open_checkpoint
 from turbolm.models.decoder import Decoder, cache_spec, load_decoder
 from turbolm.models.loader import Loader
 from turbolm.models.registry import decoder_spec
+from turbolm.ops.adjustments import adjust
 from turbolm.ops.reference import ReferenceOps
 from turbolm.ops.sampling import sample
 from turbolm.types import Output, Request, SamplingParams
 
 BLOCK = 8
 CPU = torch.device("cpu")
+NUM_SLOTS = 6  # fewer than requests: penalties of some are the host's work
 
 
 class Limits:
@@ -60,16 +67,41 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     )
 
 
-def run(model: Decoder, requests: Iterable[Request], overlapped: bool, **limits: int) -> dict[str, Output]:
+class ReplayedGraphs(DecodeGraphs):
+    """Graphs whose replay is a call of the model, on their inputs."""
+
+    def capture_all(self) -> None:
+        self._captured = dict.fromkeys(self._pending)  # type: ignore[arg-type]
+
+    def replay(self, key: GraphKey) -> torch.Tensor:
+        batch = self._batch(key)
+        batch.block_tables[batch.context_lens == 0] = 0  # what is there is not to be read, as kernels don't
+        return self._forward(batch)
+
+
+def run(
+    model: Decoder, requests: Iterable[Request], overlapped: bool, drafter: Any = None, **limits: int
+) -> dict[str, Output]:
     sizes = {"num_blocks": 64, "max_batch_size": 16, "max_batch_tokens": 64} | limits
-    caches = cache_spec(model.spec, KvFormat.both("float32")).allocate(sizes["num_blocks"], BLOCK, CPU)
-    scheduler = Scheduler(block_size=BLOCK, max_context=64, max_waiting=100, max_logit_rows=64, **sizes)
+    # The reference stores what has slot -1 in the last slot of all.
+    caches = cache_spec(model.spec, KvFormat.both("float32")).allocate(sizes["num_blocks"] + 1, BLOCK, CPU)
+    scheduler = Scheduler(
+        block_size=BLOCK, max_context=64, max_waiting=100, max_logit_rows=64, drafter=drafter, **sizes
+    )
 
     def forward(batch: object) -> torch.Tensor:
         return model.forward(batch, caches)
 
+    with mock.patch.multiple(torch.cuda, graph_pool_handle=mock.DEFAULT, Stream=mock.DEFAULT):
+        graphs = ReplayedGraphs(forward, Limits(), BLOCK, CPU, max_shared_rows=MAX_ROWS)
+    graphs.capture_all()
     runner = (
-        DeviceRunner(StepDevice(forward, None, CPU, sample_rows, resolve_tokens), Limits(), BLOCK, 96)
+        DeviceRunner(
+            StepDevice(forward, graphs, CPU, sample_rows, resolve_tokens, adjust=adjust, counts_shape=(NUM_SLOTS, 96)),
+            Limits(),
+            BLOCK,
+            96,
+        )
         if overlapped
         else Runner(forward, BLOCK, CPU, 96)
     )
@@ -92,8 +124,11 @@ def run(model: Decoder, requests: Iterable[Request], overlapped: bool, **limits:
 def requests(**options: object) -> list[Request]:
     generator = torch.Generator().manual_seed(3)
     prompts = [tuple(torch.randint(0, 96, (1 + 4 * i,), generator=generator).tolist()) for i in range(10)]
+    words = options.pop("bad_words_ids", ())
     return [
-        Request(f"r{i}", prompt, SamplingParams.of(SamplingParams(max_tokens=4 + i), seed=i, **options))
+        Request(
+            f"r{i}", prompt, SamplingParams.of(SamplingParams(max_tokens=4 + i), seed=i, **options), bad_words_ids=words
+        )
         for i, prompt in enumerate(prompts)
     ]
 
@@ -105,6 +140,8 @@ VARIANTS = {
     "logprobs": {"temperature": 0.7, "logprobs": 2},
     "prompt logprobs": {"temperature": 0.7, "prompt_logprobs": 1},
     "bans": {"temperature": 1.0, "min_tokens": 3, "logit_bias": {5: 4.0}, "stop_token_ids": (5, 6)},
+    "bad words": {"temperature": 0.3, "bad_words_ids": tuple((i, j) for i in range(96) for j in range(0, 96, 3))},
+    "penalties, logprobs": {"temperature": 0.0, "frequency_penalty": 1.5, "logprobs": 1},
 }
 
 
@@ -121,6 +158,31 @@ def test_overlapped_steps_give_the_same_answers(model: Decoder, options: dict, l
         assert output.usage == plain[key].usage
         assert [entry.token_id for entry in output.logprobs] == [entry.token_id for entry in plain[key].logprobs]
         assert len(output.prompt_logprobs) == len(plain[key].prompt_logprobs)
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.0}, {"temperature": 0.0, "presence_penalty": 0.2, "min_tokens": 9}]
+)
+def test_drafts_are_verified_by_rows_among_the_decodes(model: Decoder, options: dict) -> None:
+    prompts = [(3, 4, 5, 6) * 5, (7, 8) * 9, tuple(range(20))]
+    items = [
+        Request(f"r{i}", prompt, SamplingParams.of(SamplingParams(max_tokens=24, temperature=0.0), **options))
+        for i, prompt in enumerate(prompts)
+    ]
+    shared: list[bool] = []
+
+    def find(graphs: DecodeGraphs, arrays: StepArrays) -> GraphKey | None:
+        shared.append(arrays.shares_context)
+        return found(graphs, arrays)
+
+    found = DecodeGraphs.find
+    plain = run(model, items, False)
+    with mock.patch.object(DecodeGraphs, "find", find):
+        drafted = run(model, items, True, drafter=partial(PromptLookup, costs=Costs(0.01)))
+    assert any(shared) and not all(shared)
+    assert {key: output.token_ids for key, output in drafted.items()} == {
+        key: output.token_ids for key, output in plain.items()
+    }
 
 
 def test_requests_of_all_kinds_share_steps(model: Decoder) -> None:

@@ -199,6 +199,18 @@ def test_prompt_lookup_finds_repetitions_and_saves_steps(run: Run) -> None:
     assert found["stats"].num_steps == 50 - found["stats"].num_accepted_tokens
 
 
+def test_what_one_request_asks_for_is_not_lost_among_plain_ones(run: Run) -> None:
+    plain = requests(SamplingParams(max_tokens=12, temperature=0))[:3]
+    biased = SamplingParams(max_tokens=6, temperature=0, logit_bias={7: 100.0}, logprobs=1)
+    penalized = SamplingParams(max_tokens=8, temperature=0, presence_penalty=2.0, frequency_penalty=2.0)
+    more = [Request("biased", prompt(50, 5), biased), Request("penalized", prompt(51, 5), penalized)]
+    alone, together = run(plain), run([*plain, *more])
+    assert together["biased/0"].token_ids == (7,) * 6 and len(together["biased/0"].logprobs) == 6
+    assert together["penalized/0"].token_ids == run(more[1:])["penalized/0"].token_ids
+    assert len(set(together["penalized/0"].token_ids)) > 4
+    assert all(together[key].token_ids == output.token_ids for key, output in alone.items())
+
+
 def test_a_request_without_a_distribution_ends_alone(model_and_reference: tuple) -> None:
     """As with broken weights: the others in its batch go on."""
     model, _ = model_and_reference

@@ -7,7 +7,7 @@ from fake_model import EOS, STOP, Model, alone, assert_right, parts, request_of,
 
 from turbolm.engine.step import Step, StepResult
 from turbolm.errors import CapacityError, ConfigError, ContextOverflowError, EngineError, RequestError
-from turbolm.types import Output, SequenceState, Usage
+from turbolm.types import Grammar, LoadedAdapter, Output, SequenceState, Usage
 
 # What goes into a step
 
@@ -126,16 +126,8 @@ def test_a_new_request_joins_those_that_run_ahead():
     assert started(model, 1) == [[("old", True), ("new", True)]]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"params": {"presence_penalty": 0.1}},
-        {"params": {"frequency_penalty": -0.1}},
-        {"params": {"repetition_penalty": 1.1}},
-        {"bad_words_ids": ((3,),)},
-    ],
-)
-def test_a_choice_that_depends_on_the_answer_waits_for_it_and_the_next_step_with_it(options):
+def test_an_answer_by_a_grammar_waits_for_each_token_and_the_next_step_with_it():
+    options = {"params": {"grammar": Grammar("json")}, "ignore_eos": False, "eos": ()}
     model = Model(scheduler_of(max_batch_tokens=9))
     model.add(request_of("plain", [9]))
     model.add(request_of("reads", range(16), **options))
@@ -385,7 +377,9 @@ def test_an_answer_is_found_as_part_of_the_next_prompt():
     assert_right(output, request)
 
 
-@pytest.mark.parametrize("other", [{"tenant": "t"}, {"adapter": "x"}, {"params": {"prompt_logprobs": 0}}])
+@pytest.mark.parametrize(
+    "other", [{"tenant": "t"}, {"loaded_adapter": LoadedAdapter("x", 1, 0)}, {"params": {"prompt_logprobs": 0}}]
+)
 def test_these_requests_take_nothing_from_the_cache(other):
     model = Model(scheduler_of())
     model.add(request_of("a", range(12)))

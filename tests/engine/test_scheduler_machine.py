@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from turbolm.engine.scheduler import Scheduler
 from turbolm.errors import CapacityError, ContextOverflowError, EngineError
-from turbolm.types import Output, Request, SamplingParams
+from turbolm.types import Grammar, LoadedAdapter, Output, Request, SamplingParams
 
 prompts = st.builds(
     lambda common, length, tail: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9][:length] if common else tail,
@@ -61,11 +61,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         include_stop=st.booleans(),
         want_logprobs=st.booleans(),
         want_prompt_logprobs=st.sampled_from([False, False, True]),
-        reads_answer=st.sampled_from([None, None, None, "presence_penalty", "bad_words_ids"]),
+        reads_answer=st.sampled_from([False, False, True]),
         deltas=st.booleans(),
         priority=st.sampled_from([0, 0, 0, 1, -1]),
         tenant=st.sampled_from(["", "", "other"]),
-        adapter=st.sampled_from([None, None, "x"]),
+        loaded_adapter=st.sampled_from([None, None, LoadedAdapter("x", 1, 0)]),
         num_answers=st.sampled_from([1, 1, 3]),
     )
     def add(
@@ -74,15 +74,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     ):  # fmt: skip
         params = SamplingParams(
             max_tokens=max_tokens if want_prompt_logprobs else max_tokens or None,
-            min_tokens=min(min_tokens, max_tokens or 0),
-            ignore_eos=options.pop("ignore_eos"),
+            min_tokens=0 if reads_answer else min(min_tokens, max_tokens or 0),
+            ignore_eos=options.pop("ignore_eos") and not reads_answer,
             include_stop=options.pop("include_stop"),
             stop_token_ids=(STOP,),
             logprobs=0 if want_logprobs else None,
             prompt_logprobs=0 if want_prompt_logprobs else None,
-            presence_penalty=0.5 if reads_answer == "presence_penalty" else 0.0,
+            grammar=Grammar("json") if reads_answer else None,
         )
-        options["bad_words_ids"] = ((1, 2),) if reads_answer == "bad_words_ids" else ()
         self.num_added += 1
         for index in range(num_answers):
             request = Request(str(self.num_added), tuple(prompt), params, index=index, eos_token_ids=(EOS,), **options)
@@ -175,7 +174,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if item.follows:
                 assert item.sequence in sampled and item.samples and item.num_tokens == 1
                 assert item.start == len(item.sequence.token_ids) < self.longest(item.sequence) - 1
-                assert not request.params.presence_penalty and not request.bad_words_ids
+                assert request.params.grammar is None
             else:
                 assert item.start + item.num_new_tokens <= len(item.sequence.token_ids)
 

@@ -41,14 +41,15 @@ def test_rows_of_finished_sequences_are_given_away_and_others_never() -> None:
     assert [round(float(value), 6) for value in table.temperature[found]] == [0.2, 0.3, 0.4]
 
 
-def test_what_needs_the_host_is_not_plain() -> None:
+def test_what_needs_the_host_and_what_is_adjusted_is_known() -> None:
     table = SequenceTable(8, 4)
     plain = [made("a"), made("b", temperature=0.0, top_k=5)]
     others = [
         made("c", logprobs=1),
         made("d", presence_penalty=1.0),
-        made("e", prompt_logprobs=0),
+        made("e", prompt_logprobs=0, logit_bias={3: 1.0}),
         made("f", min_tokens=1),
     ]
     rows = table.rows(tuple(item(sequence) for sequence in plain + others))
-    assert table.is_plain[rows].tolist() == [True] * 2 + [False] * 4
+    assert table.is_alone[rows].tolist() == [True, True, False, True, False, True]
+    assert table.is_adjusted[rows].tolist() == [False, False, False, True, True, True]

@@ -79,7 +79,7 @@ def test_tool_calls_in_any_order() -> None:
 
 def test_failed_checks_say_why() -> None:
     assert "not JSON" in grade("x", schema=PERSON).note
-    assert grade('{"age": 1.5}', schema=PERSON).note == "$.age is 1.5, not of type integer"
+    assert grade('{"age": 1.5}', schema=PERSON).note == '$.age: 1.5 is not of type "integer"'
     assert "ValueError" in grade("x", check={"kind": "python", "expression": "int(answer)"}).note
 
 

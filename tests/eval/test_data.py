@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from turbolm.errors import ConfigError, UserError
 from turbolm.eval.checks import KINDS, DataError
-from turbolm.eval.data import EXAMPLES, read_item, read_items, report_problems
+from turbolm.eval.data import read_item, read_items, report_problems
 
 ASK = {"messages": [{"role": "user", "content": "How are you?"}]}
 
@@ -103,7 +103,7 @@ def test_the_key_is_what_an_answer_depends_on() -> None:
     assert item.key != read_item({"id": "a", **ASK, "reference": "well"}, 1).key
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", ["examples", "examples/similarity"])
 def test_shipped_examples(name: str) -> None:
     """A dozen of each kind; those of similarity need packages that may be missing."""
     items, problems = read_items(name)

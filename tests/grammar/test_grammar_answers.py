@@ -11,8 +11,9 @@ import pytest
 
 from turbolm.errors import RequestError
 from turbolm.eval.json_schema import mismatch
+from turbolm.form import Grammar
 from turbolm.llm import LLM, AsyncLLM
-from turbolm.types import Grammar, Output, SamplingParams
+from turbolm.types import Output, SamplingParams
 
 PERSON = {
     "type": "object",

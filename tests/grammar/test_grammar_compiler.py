@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from turbolm.errors import ConfigError, RequestError
 from turbolm.eval.json_schema import mismatch
+from turbolm.form import MAX_GRAMMAR_CHARS, MAX_SCHEMA_DEPTH, Grammar
 from turbolm.grammar import GrammarCompiler, MaskRows, fill_masks
 from turbolm.grammar.compiler import MAX_CACHED
 from turbolm.text import byte_tokenizer
-from turbolm.types import MAX_GRAMMAR_CHARS, MAX_SCHEMA_DEPTH, Grammar
 
 TOKENIZER = byte_tokenizer()
 COMPILER = GrammarCompiler(TOKENIZER)

@@ -16,6 +16,7 @@ from turbolm.ladder.climb import Climb, Climber, Load
 from turbolm.ladder.config import LadderConfig
 from turbolm.ladder.cost import Cost
 from turbolm.ladder.rungs import Rung, parse_rung
+from turbolm.ladder.sensitivity import find_layers
 from turbolm.ladder.store import Store
 from turbolm.ladder.subject import Subject
 from turbolm.llm import LLM, AsyncLLM
@@ -61,7 +62,7 @@ class Watcher:
 
 def load_null(model: str, engine: EngineConfig, bad: Callable[[EngineConfig], bool]) -> AsyncLLM:
     kind = DamagedLLM if bad(engine) else AsyncLLM
-    return kind("null", dataclasses.replace(engine, kv="auto", weights="auto", max_context=512))
+    return kind("null", dataclasses.replace(engine, kv="auto", kv_skip_layers="", weights="auto", max_context=512))
 
 
 async def cheap_cost(llm: AsyncLLM, prompts: Sequence[Sequence[int]], streams: int, load_seconds: float) -> Cost:
@@ -85,6 +86,7 @@ def climb(tmp_path: Path):
         bad: Callable[[EngineConfig], bool] = lambda engine: engine.kv == "int4",
         exam: ExamConfig = ExamConfig(max_tokens=8),  # noqa: B008
         load=None,
+        find=find_layers,
         engine: EngineConfig = EngineConfig(),  # noqa: B008
         **options: object,
     ) -> tuple[Climb, Watcher]:
@@ -92,8 +94,9 @@ def climb(tmp_path: Path):
         load = load or (lambda model, engine: load_null(model, engine, bad))
         try:
             climber = Climber(
-                SUBJECT, items, [], LadderConfig(**options), exam, engine, store, watcher, load=load, measure=cheap_cost
-            )
+                SUBJECT, items, [], LadderConfig(**options), exam, engine, store, watcher,
+                load=load, measure=cheap_cost, find=find,
+            )  # fmt: skip
             return climber.run([parse_rung(text) for text in rungs]), watcher
         finally:
             store.close()

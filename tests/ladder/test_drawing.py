@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turbolm.ladder.drawing import Point, flow, scatter, ticks
+from turbolm.ladder.drawing import Point, bars, flow, scatter, ticks
 
 
 def rungs(*statuses: str) -> list[dict[str, str]]:
@@ -54,11 +54,22 @@ points = st.builds(
 @given(st.lists(points, min_size=1, max_size=5))
 def test_any_points_are_drawn_inside_the_plot(given_points: list[Point]) -> None:
     root = ElementTree.fromstring(scatter(given_points, "MB & more", 0.99))
-    circles = [element for element in root.iter() if element.tag == "circle"]
-    assert len(circles) == len(given_points)
-    for circle in circles:
-        assert 52 <= float(circle.get("cx")) <= 336
-        assert 12 <= float(circle.get("cy")) <= 208
+    labels = [element.text for element in root.iter("text") if "number" in element.get("class", "")]
+    assert ",".join(labels).count("1") == len(given_points)  # marks that would cover each other are one
+    marks = [element for element in root.iter("rect") if "dot" in element.get("class", "")]
+    assert len(marks) == len(labels)
+    for mark in marks:
+        assert 52 <= float(mark.get("x")) + float(mark.get("width")) / 2 <= 336
+        assert 12 <= float(mark.get("y")) + 9 <= 208
+
+
+def test_points_at_one_place_are_one_mark() -> None:
+    at = [(1, "good", 100.0, 0.99), (2, "bad", 101.0, 0.98), (3, "good", 10.0, 0.99)]
+    found = [Point(str(n), f"rung {n}", kind, x, y, y - 0.01, y + 0.01) for n, kind, x, y in at]
+    root = ElementTree.fromstring(scatter(found, "MB", 0.5))
+    assert [text.text for text in root.iter("text") if "number" in text.get("class", "")] == ["1,2", "3"]
+    assert [mark.get("class") for mark in root.iter("rect")] == ["dot bad", "dot good"]
+    assert [title.text for title in root.iter("title")] == ["rung 1; rung 2: 99.00%", "rung 3: 99.00%"]
 
 
 @pytest.mark.parametrize(
@@ -67,3 +78,16 @@ def test_any_points_are_drawn_inside_the_plot(given_points: list[Point]) -> None
 )
 def test_ticks_are_round(low: float, high: float, count: int, expected: list[float]) -> None:
     assert ticks(low, high, count) == pytest.approx(expected)
+
+
+def test_a_bar_for_each_layer() -> None:
+    drawn = bars([0.01, 0.2, 0.0, 0.1], [1, 3], "layer")
+    root = ElementTree.fromstring(drawn)
+    found = [(bar.get("class"), float(bar.get("height"))) for bar in root.iter("rect")]
+    assert [kind for kind, _ in found] == ["bar rest", "bar kept", "bar rest", "bar kept"]
+    heights = [height for _, height in found]
+    assert heights[1] == max(heights)
+    assert heights[3] == pytest.approx(heights[1] / 2, abs=0.1)
+    assert min(heights) >= 1  # still to be seen
+    assert "0.2000" in drawn
+    assert bars([0.0, 0.0], [], "layer").count("<rect") == 2

@@ -38,10 +38,16 @@ def test_a_whole_run_and_serving_its_recommendation(
     assert (folder / "report.html").read_text().startswith("<!doctype html>")
 
     served = []
-    monkeypatch.setattr(server_run, "serve", lambda model, config, engine: served.append((model, engine)))
+    monkeypatch.setattr(server_run, "serve", lambda model, config, *rest: served.append((model, *rest)))
     assert main(["serve", "--ladder", str(folder / "report.json"), "--max-batch-size", "3"]) == 0
-    model, engine = served[0]
+    model, engine, shadow = served[0]
+    assert shadow.rate == 0
     assert (model, engine.threads, engine.max_context, engine.max_batch_size) == ("null", 1, 2048, 3)
+    report["recommended"], report["rungs"][0]["agreement"] = "base", {"top1": 0.985}
+    (folder / "report.json").write_text(json.dumps(report))
+    assert main(["serve", "--ladder", str(folder / "report.json"), "--shadow", "2%"]) == 0
+    shadow = served[1][2]
+    assert (shadow.rate, shadow.shadow_model, shadow.least) == (0.02, "null", 0.985)
     assert main(["serve", "null", "--ladder", str(folder / "report.json")]) == 2
     assert "names the model" in capsys.readouterr().err
 

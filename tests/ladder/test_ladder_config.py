@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 
+from turbolm.config import parse_part
 from turbolm.errors import ConfigError
 from turbolm.fields import field_help
-from turbolm.ladder.config import LadderConfig, parse_part, parse_time
+from turbolm.ladder.config import LadderConfig, parse_time
 
 
 @pytest.mark.parametrize(("text", "part"), [("1%", 0.01), ("0.5 %", 0.005), ("0.02", 0.02), (".5", 0.5), ("100%", 1)])

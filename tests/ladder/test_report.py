@@ -78,7 +78,9 @@ def test_what_fits_is_counted_in_the_memory_given(report) -> None:
 
 def test_the_recommendation_can_be_served(report, found: Climb, tmp_path: Path) -> None:
     write_json(report, tmp_path / "report.json")
-    assert read_recommendation(tmp_path / "report.json") == ("null", {"threads": 2, "prefix_cache": False})
+    read = read_recommendation(tmp_path / "report.json")
+    assert (read.model, read.base, read.agreement) == ("null", "null", None)
+    assert (read.model, read.options) == ("null", {"threads": 2, "prefix_cache": False})
     assert report["serve"]["command"] == "turbolm serve null --threads 2 --no-prefix-cache"
     better = report_of(replace(found, recommended=found.steps[3]))
     assert better["serve"]["options"] == {"threads": 2, "prefix_cache": False, "weights": "int8", "kv": "int4"}

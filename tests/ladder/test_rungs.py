@@ -21,7 +21,7 @@ def test_the_default_is_the_flow_of_four_steps() -> None:
         ("kv=int8", "KV int8", {"kv": "int8"}),
         ("weights=awq:64+kv=int4", "AWQ weights, groups of 64 + KV int4", {"kv": "int4"}),
         ("weights=fp8", "fp8 weights", {"weights": "fp8"}),
-        ("kv=int4+skip=0,-1", "KV int4, layers 0,-1 in 16 bits", {"kv": "int4", "kv_skip_layers": "0,-1"}),
+        ("kv=int4+skip=0,-1", "KV int4 but for 2 layers", {"kv": "int4", "kv_skip_layers": "0,-1"}),
         ("kv=int8:k,int4:v", "KV int8:k,int4:v", {"kv": "int8:k,int4:v"}),
         ("kv=int8+model=./a+b=c", "./a+b=c + KV int8", {"kv": "int8"}),
     ],
@@ -78,3 +78,14 @@ def test_what_includes_what() -> None:
     assert not kv.includes(both)
     assert not both.includes(Rung())
     assert not parse_rung("weights=awq+kv=int4").includes(kv)
+
+
+def test_layers_in_16_bits_make_a_rung_milder() -> None:
+    whole, some, found = parse_rung("kv=int4"), parse_rung("kv=int4+skip=0"), parse_rung("kv=int4+skip=auto")
+    assert not some.includes(whole)
+    assert not found.includes(whole)
+    assert not found.includes(some)
+    assert whole.includes(some)
+    assert parse_rung("weights=awq+kv=int4+skip=0").includes(some)
+    assert parse_rung("weights=awq+kv=int4+skip=0").includes(parse_rung("weights=awq"))
+    assert found.title == "KV int4 but for some layers"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from turbolm.ops.cpu import blocks
+from turbolm import fallbacks
 from turbolm.ops.cpu.matmul import PackedLinear
 from turbolm.ops.cpu.ops import CpuOps
 from turbolm.quant.dense import dense
@@ -91,8 +91,8 @@ def test_what_has_no_blocks_is_unpacked_to_float16(weight: Weight) -> None:
     assert sizes == [32 * weight.shape[1] * 2]
 
 
-def test_activation_order_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    blocks.log_once.cache_clear()
+def test_activation_order_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fallbacks, "_told", set())
     weight = random_int4(16, 64, 32, symmetric=True, columns=torch.randperm(64))
     with caplog.at_level(logging.WARNING):
         for _ in range(2):

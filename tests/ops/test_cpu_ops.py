@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from turbolm import fallbacks
 from turbolm.ops import AttentionSpec, LayerCache, RopeTable
 from turbolm.ops.cpu import library
-from turbolm.ops.cpu.ops import CpuOps, _log_once
+from turbolm.ops.cpu.ops import CpuOps
 from turbolm.ops.reference import ReferenceOps
 from turbolm.types import Batch
 
@@ -216,6 +217,22 @@ def test_quantization_of_large_small_and_constant_heads(isa: str, kind: str) -> 
     torch.testing.assert_close(result / sizes, expected / sizes, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("length", [1, 40], ids=["lone", "prefill"])
+def test_static_ranges_clip_what_is_beyond_them(isa: str, length: int) -> None:
+    spec, ranges = spec_of(4, 2, 32), torch.tensor([[0.01, -1.0], [0.02, -0.5]]).half()
+    mine, other = (Pool.make(spec, 16, "int8") for _ in range(2))
+    for pool in (mine, other):
+        pool.cache = replace(pool.cache, k_range=ranges, v_range=ranges.flip(0).contiguous())
+    batch = mine.batch([(0, 0, length)])
+    other.batch([(0, 0, length)])
+    qkv = 2 * random(length, spec.qkv_width, seed=5)
+    result = attend(OPS[1], mine, spec, batch, qkv, rope_table(32))
+    torch.testing.assert_close(result, attend(REFERENCE, other, spec, batch, qkv, rope_table(32)), atol=1e-5, rtol=1e-5)
+    values = qkv[0, -64:].view(2, 32)  # the first token sees itself alone
+    exact = torch.stack([values[0].clamp(-0.5, -0.5 + 0.02 * 255), values[1].clamp(-1.0, -1.0 + 0.01 * 255)])
+    torch.testing.assert_close(result[0].view(2, 2, 32), exact[:, None].expand(2, 2, 32), atol=0.02, rtol=0)
+
+
 def chunks_of(total: int, sizes: list[int]) -> list[tuple[int, int]]:
     """(cached, new) of the steps that compute `total` tokens in turns of `sizes`."""
     steps, done = [], 0
@@ -279,9 +296,9 @@ def test_instruction_sets_agree(kind: str) -> None:
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_foreign_cache_falls_back(caplog: pytest.LogCaptureFixture) -> None:
+def test_foreign_cache_falls_back(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache that the kernels don't know works on the reference, and the log says so once."""
-    _log_once.cache_clear()
+    monkeypatch.setattr(fallbacks, "_told", set())
     spec = spec_of(4, 2, 64)
     pool, other = (Pool.make(spec, 4, "int8", "float32") for _ in range(2))
     for _ in range(2):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from turbolm.engine.graph import record, record_plan
+from turbolm.engine.graph import plain_steps, record, record_plan
 from turbolm.errors import EngineError
 from turbolm.ops import AttentionSpec, LayerCache, Ops, RopeTable
 from turbolm.ops.cpu import instructions
@@ -59,6 +59,12 @@ class TinyModel:
         self.head_norm = torch.randn(16, generator=generator) if has_head_norms else None
 
     def forward(self, batch: Batch, caches: Sequence[LayerCache]) -> Tensor:
+        return self.logits(self.hidden_states(batch, caches), batch)
+
+    def logits(self, x_th: Tensor, batch: Batch) -> Tensor:
+        return self.ops.logits(x_th, batch, self.table, 30.0)  # type: ignore[arg-type]
+
+    def hidden_states(self, batch: Batch, caches: Sequence[LayerCache]) -> Tensor:
         ops = self.ops
         residual = ops.embedding(batch.token_ids, self.table, 1.5)
         x = ops.rms_norm(residual, self.norm, 1e-5)
@@ -70,7 +76,7 @@ class TinyModel:
             x = ops.linear(ops.activate_multiply(ops.linear(x, gate_up), "silu"), down)  # type: ignore[arg-type]
             residual = ops.add(x, residual)
             x = ops.rms_norm(residual, self.norm, 1e-5)
-        return ops.logits(x, batch, self.table, 30.0)
+        return x
 
 
 def make_caches(kind: str = "float16", block_size: int = 16) -> list[LayerCache]:
@@ -125,7 +131,7 @@ def test_replay_is_bitwise_the_ops(threads: int) -> None:
     """One recording serves steps of every shape, with the results of the single ops."""
     model = TinyModel(CpuOps(threads=threads))
     caches, eager_caches = make_caches(), make_caches()
-    forward = record(model, caches, LIMITS)
+    forward = record(model, caches, LIMITS).forward
     for parts in STEPS:
         batch = make_batch(parts)
         assert torch.equal(forward(batch), model.forward(batch, eager_caches))
@@ -136,10 +142,24 @@ def test_replay_is_bitwise_the_ops(threads: int) -> None:
 def test_replay_agrees_with_the_reference() -> None:
     model, reference = TinyModel(CpuOps(threads=2)), TinyModel(ReferenceOps(torch.device("cpu"), torch.float32))
     caches, reference_caches = make_caches("float32"), make_caches("float32")
-    forward = record(model, caches, LIMITS)
+    forward = record(model, caches, LIMITS).forward
     for parts in STEPS:
         batch = make_batch(parts)
         torch.testing.assert_close(forward(batch), reference.forward(batch, reference_caches), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_hidden_states_of_a_replay_are_those_of_the_ops(threads: int) -> None:
+    """All tokens', with the logits, in steps of one token too; and plain calls hand out the same."""
+    model = TinyModel(CpuOps(threads=threads))
+    steps = record(model, make_caches(), LIMITS)
+    plain = plain_steps(model, make_caches())
+    for parts in STEPS:
+        batch = make_batch(parts)
+        logits, hidden = steps.forward_hidden(batch)
+        plain_logits, plain_hidden = plain.forward_hidden(batch)
+        assert hidden.shape == (batch.num_tokens, HIDDEN)
+        assert torch.equal(hidden, plain_hidden) and torch.equal(logits, plain_logits)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -149,7 +169,7 @@ def test_lone_tokens_are_bitwise_the_ops(threads: int, kind: str) -> None:
     sides of what attention takes at once."""
     model = TinyModel(CpuOps(threads=threads), has_head_norms=True)
     caches, eager_caches = make_caches(kind), make_caches(kind)
-    forward = record(model, caches, LIMITS)
+    forward = record(model, caches, LIMITS).forward
     for start, new in [(0, 1), (1, 1), (2, 60), (62, 1), (63, 60), (123, 1), (124, 2), (126, 1), (127, 1), (128, 1)]:
         tables = torch.arange(10, dtype=torch.int32)[None]
         batch = replace(make_batch([(0, start, new)]), block_tables=tables)
@@ -161,7 +181,7 @@ def test_lone_tokens_are_bitwise_the_ops(threads: int, kind: str) -> None:
 def test_logits_do_not_depend_on_steps_or_company() -> None:
     """A token's logits are the same bits however the prompt was cut and whatever ran beside it."""
     model = TinyModel(CpuOps(threads=2))
-    forward = record(model, make_caches(), LIMITS)
+    forward = record(model, make_caches(), LIMITS).forward
     forward(make_batch([(1, 0, 60)]))
     alone = forward(make_batch([(1, 60, 1)])).clone()
     for cuts in ([7, 53], [1, 1, 58], [32, 28]):
@@ -173,7 +193,7 @@ def test_logits_do_not_depend_on_steps_or_company() -> None:
 
 
 def test_larger_steps_than_recorded_are_refused() -> None:
-    forward = record(TinyModel(CpuOps(threads=1)), make_caches(), LIMITS)
+    forward = record(TinyModel(CpuOps(threads=1)), make_caches(), LIMITS).forward
     with pytest.raises(EngineError, match="a step of 65 tokens"):
         forward(make_batch([(0, 0, 65)]))
     with pytest.raises(EngineError, match="17 rows of logits"):
@@ -184,7 +204,7 @@ def test_model_that_needs_the_reference_is_not_recorded(caplog: pytest.LogCaptur
     """It runs op by op, and the log says why."""
     model, caches = TinyModel(CpuOps(threads=1)), make_caches(block_size=4)
     batch = make_batch([(0, 0, 4)])
-    logits = record(model, caches, LIMITS)(batch)
+    logits = record(model, caches, LIMITS).forward(batch)
     assert torch.equal(logits, model.forward(batch, make_caches(block_size=4)))
     assert any("op by op" in record.message and "in blocks of 4" in record.message for record in caplog.records)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,16 @@ from turbolm.ops.hardware import probe
 from turbolm.planner.gpus import found_cpu
 from turbolm.planner.model import open_model
 from turbolm.planner.plan import Demand, Rung, plan
+
+MODELS = Path(__file__).parents[1] / "models"
+if str(MODELS) not in sys.path:
+    sys.path.insert(0, str(MODELS))
+
+from tiny import TINY_MODELS, Tiny  # noqa: E402
+
+FAMILIES = ("llama", "llama-tied", "llama-biases", "llama-head-dim", "mistral", "qwen2", "qwen3")
+#: Matrices outweigh norms, as in real models.
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 2048, "max_position_embeddings": 512}
 
 
 def loaded_bytes(monkeypatch: pytest.MonkeyPatch, path: Path, rung: Rung) -> tuple[int, int]:
@@ -44,6 +55,13 @@ def test_a_small_model(small: Path, monkeypatch: pytest.MonkeyPatch, weights: st
 @pytest.mark.parametrize("kv", ["auto", "int8"])
 def test_smollm2(smollm2_path: Path, monkeypatch: pytest.MonkeyPatch, kv: str) -> None:
     compare(smollm2_path, Rung("auto", kv), monkeypatch)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = TINY_MODELS[name]
+    Tiny(tiny.family, {**tiny.fields, **WIDE}).save(tmp_path)
+    compare(tmp_path, Rung("auto", "auto"), monkeypatch)
 
 
 def compare(path: Path, rung: Rung, monkeypatch: pytest.MonkeyPatch) -> None:

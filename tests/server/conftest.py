@@ -12,6 +12,7 @@ import httpx
 import openai
 import pytest
 import uvicorn
+from hypothesis import settings
 
 from turbolm import AsyncLLM, loading
 from turbolm.engine.step import StepResult
@@ -19,7 +20,10 @@ from turbolm.server.app import make_app
 from turbolm.server.config import ServerConfig
 from turbolm.server.protocol import BoundedProtocol
 from turbolm.server.service import Service
+from turbolm.server.shadow import Shadow
 from turbolm.text import ChatTemplate
+
+settings.register_profile("thorough", max_examples=3000)  # --hypothesis-profile=thorough
 
 HERMES = (
     "{% if tools %}<|im_start|>system\n<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools> "
@@ -55,9 +59,13 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(llm: AsyncLLM, config: ServerConfig | None = None, keys: tuple[bytes, ...] = ()) -> Iterator[Served]:
+def serving(
+    llm: AsyncLLM, config: ServerConfig | None = None, keys: tuple[bytes, ...] = (), *, shadow: Shadow | None = None
+) -> Iterator[Served]:
     """A server in a thread of the test."""
     service = Service(llm, config or ServerConfig(), keys)
+    if shadow is not None:
+        service.start_shadow(shadow)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(
         uvicorn.Config(make_app(service), http=BoundedProtocol, ws="none", log_config=None, access_log=False)
@@ -103,7 +111,7 @@ def null_llm() -> Iterator[AsyncLLM]:
 
 @pytest.fixture(scope="session")
 def null(null_llm) -> Iterator[Served]:
-    with serving(null_llm) as served:
+    with serving(null_llm, ServerConfig(adapter_changes=True)) as served:
         yield served
 
 

@@ -12,7 +12,9 @@ import pytest
 
 from turbolm.server.answer import Answer
 from turbolm.server.config import ServerConfig
-from turbolm.types import Output, ReasoningPart, TextPart, ToolCallPart
+from turbolm.server.exchange import Exchange, Record
+from turbolm.server.metrics import Metrics
+from turbolm.types import Output, ReasoningPart, Request, TextPart, ToolCallPart, Usage
 
 LONG = {"prompt": "hello", "max_tokens": 1900}
 
@@ -83,6 +85,8 @@ def test_requests_have_a_deadline(null_llm, serving, wait_until):
 
 def test_silent_streams_get_comments(null_llm, monkeypatch, serving):
     class Silent:
+        request = Request("r", (1,))
+
         def begin(self, sink):
             pass
 
@@ -107,3 +111,99 @@ def test_draining_finishes_what_runs_and_takes_nothing_new(null_llm, serving):
             assert [line for line in lines if line][-1] == "data: [DONE]"
         asyncio.run(served.service.drain())
         assert idle(served)
+
+
+class Pushes:
+    """An exchange for one answer, and what went past its task."""
+
+    def __init__(self) -> None:
+        self.sent: list[str] = []
+        self.takes = True
+        self.exchange = Exchange([self], 1, Record("r", "POST", "/"), Metrics("m", lambda: None, lambda: (0, 0)))
+
+    def begin(self, sink) -> None:
+        self.sink = sink
+
+    def end(self) -> None:
+        pass
+
+    def push(self, choice: int, answer: Answer) -> bool:
+        if self.takes:
+            self.sent.append(answer.text)
+        return self.takes
+
+    def bring(self, text: str, **fields: object) -> None:
+        self.sink(Output("r", 0, (1,), (TextPart(text),), **fields))
+
+
+def test_what_comes_while_a_stream_waits_is_sent_without_its_task():
+    async def run() -> None:
+        pushes = Pushes()
+        async with pushes.exchange as exchange:
+            pushes.bring("a")  # the stream has not begun
+            await exchange.news(pushes.push)
+            assert [answer.text for answer in exchange.take().values()] == ["a"] and pushes.sent == []
+            waiting = asyncio.create_task(exchange.news(pushes.push))
+            await asyncio.sleep(0)
+            pushes.bring("b")
+            pushes.bring("c")
+            await asyncio.sleep(0)
+            assert pushes.sent == ["b", "c"] and not waiting.done()
+            pushes.takes = False  # the client is behind: from now on everything waits for the task, in order
+            pushes.bring("d")
+            pushes.takes = True
+            pushes.bring("e")
+            await waiting
+            pushes.bring("f")
+            assert [answer.text for answer in exchange.take().values()] == ["def"] and pushes.sent == ["b", "c"]
+            waiting = asyncio.create_task(exchange.news(pushes.push))
+            await asyncio.sleep(0)
+            pushes.bring("g", finish_reason="length", usage=Usage(1, 7))
+            await waiting
+            assert exchange.is_over and exchange.take()[0].final is not None and pushes.sent == ["b", "c"]
+            assert exchange.record.answer_tokens == 7
+
+    asyncio.run(run())
+
+
+def test_an_event_that_cannot_be_written_ends_its_stream_alone():
+    async def run() -> None:
+        pushes = Pushes()
+
+        def broken(choice: int, answer: Answer) -> bool:
+            raise ValueError
+
+        async with pushes.exchange as exchange:
+            waiting = asyncio.create_task(exchange.news(broken))
+            await asyncio.sleep(0)
+            pushes.bring("a")
+            await waiting
+            assert exchange.error is not None
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_stream_is_valid_however_its_events_are_written(null, count):
+    data = json.dumps({"prompt": "hello", "max_tokens": 200, "stream": True, "temperature": 0, "n": count}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    whole = null.client.completions.create(model="null", prompt="hello", max_tokens=200, temperature=0)
+    with socket.create_connection(("127.0.0.1", null.port)) as connection:
+        for _ in range(2):  # on the same connection
+            connection.sendall(head % len(data) + data)
+            received = b""
+            while not received.endswith(b"\r\n0\r\n\r\n"):
+                received += connection.recv(1 << 16)
+            body = received.partition(b"\r\n\r\n")[2]
+            events = []
+            while (size := int(body.partition(b"\r\n")[0], 16)) > 0:
+                start = body.index(b"\r\n") + 2
+                events += body[start : start + size].decode().split("\n\n")[:-1]
+                assert body[start + size : start + size + 2] == b"\r\n"
+                body = body[start + size + 2 :]
+            assert events.pop() == "data: [DONE]"
+            texts = ["" for _ in range(count)]
+            for event in events:
+                (choice,) = json.loads(event[6:])["choices"]
+                texts[choice["index"]] += choice["text"]
+            assert texts == [whole.choices[0].text] * count

@@ -212,8 +212,3 @@ def test_half_closed_connections_end(null):
     raw(null.port, b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{", finish=True)
     raw(null.port, b"", finish=True)
     assert null.get("/health").status_code == 200
-
-
-def test_embeddings_are_refused(null):
-    with pytest.raises(openai.BadRequestError, match="embeddings are not served"):
-        null.client.embeddings.create(model="null", input="hello")

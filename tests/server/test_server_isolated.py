@@ -44,6 +44,16 @@ def test_answers_and_configuration_are_those_of_an_engine_here(isolated, null_ll
     assert isolated.stats.num_used_blocks == 0
 
 
+def test_kv_use_is_none_a_moment_after_the_last_request_and_leaves_out_what_is_cached(served, isolated, wait_until):
+    body = {"prompt": "x" * 500, "max_tokens": 1500, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{served.url}/v1/completions", json=body, timeout=60) as response:
+        next(response.iter_lines())
+        wait_until(lambda: isolated.stats.num_used_blocks > 0)
+    wait_until(lambda: 'vllm:kv_cache_usage_perc{model_name="null"} 0.0' in served.get("/metrics").text)
+    assert isolated.stats.num_idle_blocks > 0  # the prefix cache's
+    assert isolated.stats.num_running == 0
+
+
 def test_a_killed_engine_is_replaced_under_the_server(served, isolated, wait_until):
     body = {"prompt": "hello", "max_tokens": 1900, "stream": True}
     with httpx.stream("POST", f"{served.url}/v1/completions", json=body, timeout=60) as response:

@@ -21,7 +21,7 @@ def numbers(entries) -> dict[str, int]:
 
 
 def ending(number: int, reason: str = "length") -> tuple:
-    return (number, (5,), (), (), reason, None, (3, 1, 0), None)
+    return (number, (5,), (), (), reason, None, (3, 1, 0), None, None)
 
 
 def test_outputs_are_those_of_the_request():

@@ -19,7 +19,9 @@ from turbolm.engine.scheduler import Scheduler
 from turbolm.engine.step import Step, StepResult
 from turbolm.errors import CapacityError, ModelNotFoundError, RequestError
 from turbolm.kv import KvShape
+from turbolm.lora import adapter_sources
 from turbolm.memory import ModelNeeds
+from turbolm.types import LoadedAdapter
 from turbolm.worker.process import main
 
 KILL, HANG, BREAK = 1, 2, 3
@@ -56,6 +58,31 @@ class ToyRunner:
         pass
 
 
+class ToyAdapters:
+    """Adapters without weights: files that are there can be added."""
+
+    def __init__(self, sources: dict[str, str]) -> None:
+        self.named: dict[str, LoadedAdapter] = {}
+        for name, source in sources.items():
+            self.add(name, self.read(source))
+
+    def read(self, source: str) -> str:
+        if not Path(source).exists():
+            raise ModelNotFoundError(f"there is no adapter '{source}'")
+        return source
+
+    def add(self, name: str, adapter: object, is_used: object = None) -> None:
+        self.named[name] = LoadedAdapter(name, len(self.named), len(self.named))
+
+    def remove(self, name: str) -> None:
+        del self.named[self.find(name).name]
+
+    def find(self, name: str) -> LoadedAdapter:
+        if name not in self.named:
+            raise RequestError(f"no adapter '{name}'", "adapter")
+        return self.named[name]
+
+
 @dataclass
 class ToyModel:
     name: str
@@ -63,6 +90,7 @@ class ToyModel:
     config: ResolvedConfig
     scheduler: Scheduler
     runner: ToyRunner
+    adapters: ToyAdapters
     grammars: None = None
 
 
@@ -87,7 +115,8 @@ def load(name: str, config: EngineConfig, progress: bool) -> ToyModel:
     scheduler = Scheduler(
         num_blocks=256, block_size=16, max_batch_size=8, max_batch_tokens=256, max_context=2048, max_waiting=1000
     )
-    return ToyModel(f"toy/{name}", None, resolved, scheduler, ToyRunner())
+    adapters = ToyAdapters(adapter_sources(config.adapters))
+    return ToyModel(f"toy/{name}", None, resolved, scheduler, ToyRunner(), adapters)
 
 
 if __name__ == "__main__":

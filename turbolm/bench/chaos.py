@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from turbolm.bench import streams as load
+from turbolm.bench.figure import figure_file
 from turbolm.bench.record import check_writable, machine, write_record
 from turbolm.errors import ConfigError, EngineError
 
@@ -277,22 +278,12 @@ def _show(soak: Soak) -> None:
 
 
 def draw(soak: Soak, path: Path) -> None:
-    """Memory over time, with the kills. ConfigError where matplotlib is missing or doesn't know the format."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        raise ConfigError("the plot needs matplotlib: pip install matplotlib") from None
-    figure, axes = pyplot.subplots(figsize=(8, 3.2), layout="constrained")
+    """Memory over time, with the kills. Raises ConfigError, as `figure_file`."""
     times, server, engine = zip(*soak.memory, strict=True) if soak.memory else ((), (), ())
-    axes.plot(times, server, label="server")
-    axes.plot(times, engine, label="engine")
-    for number, at in enumerate(soak.kills):
-        axes.axvline(at, color="0.7", linewidth=0.8, zorder=0, label=None if number else "engine killed")
-    axes.set(xlabel="seconds", ylabel="memory (MB)", ylim=(0, None))
-    axes.legend(loc="lower right")
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"can't draw {path}: {error}") from None
-    finally:
-        pyplot.close(figure)
+    with figure_file(path) as [axes]:
+        axes.plot(times, server, label="server")
+        axes.plot(times, engine, label="engine")
+        for number, at in enumerate(soak.kills):
+            axes.axvline(at, color="0.7", linewidth=0.8, zorder=0, label=None if number else "engine killed")
+        axes.set(xlabel="seconds", ylabel="memory (MB)", ylim=(0, None))
+        axes.legend(loc="lower right")

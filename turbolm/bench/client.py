@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from turbolm.errors import ConfigError, EngineError
+from turbolm.events import EventReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +90,13 @@ async def _ask(server: Server, path: str, body: Mapping[str, Any], timing: Timin
         if status != 200:
             rest = await reader.read(4096)
             raise EngineError(f"status {status}: {rest.decode(errors='replace').strip()[:300]}")
-        async for event in _events(reader, is_chunked):
-            _note(timing, event, time.perf_counter() - began)
+        events = EventReader()
+        async for piece in _pieces(reader, is_chunked):
+            now = time.perf_counter() - began
+            for event in events.read(piece):
+                _note(timing, event, now)
+            if events.is_done:
+                break
     finally:
         writer.close()
         with contextlib.suppress(OSError):
@@ -115,19 +121,6 @@ async def _head(reader: asyncio.StreamReader) -> tuple[int, bool]:
     return int(lines[0].split()[1]), any(line.replace(" ", "") == "transfer-encoding:chunked" for line in lines[1:])
 
 
-async def _events(reader: asyncio.StreamReader, is_chunked: bool) -> AsyncIterator[dict[str, Any]]:
-    """The JSON objects of server-sent events, up to [DONE]."""
-    rest = b""
-    async for piece in _pieces(reader, is_chunked):
-        *lines, rest = (rest + piece).split(b"\n")
-        for line in lines:
-            data = line.removeprefix(b"data:").strip()
-            if data == b"[DONE]":
-                return
-            if data and len(data) < len(line) and line.startswith(b"data:"):
-                yield json.loads(data)
-
-
 async def _pieces(reader: asyncio.StreamReader, is_chunked: bool) -> AsyncIterator[bytes]:
     if not is_chunked:
         while piece := await reader.read(1 << 16):
@@ -138,8 +131,6 @@ async def _pieces(reader: asyncio.StreamReader, is_chunked: bool) -> AsyncIterat
 
 
 def _note(timing: Timing, event: dict[str, Any], now: float) -> None:
-    if event.get("error"):
-        raise EngineError(str(event["error"].get("message", event["error"])))
     if usage := event.get("usage"):
         timing.prompt_tokens, timing.answer_tokens = usage["prompt_tokens"], usage["completion_tokens"]
     for choice in event.get("choices") or ():

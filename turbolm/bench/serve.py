@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from turbolm.bench.client import Server, Timing, ask
+from turbolm.bench.figure import figure_file
 from turbolm.bench.record import check_writable, machine, write_record
 from turbolm.errors import ConfigError, EngineError
 from turbolm.remote import RemoteLLM
@@ -93,7 +94,8 @@ def serve(
     concurrency
         Clients, instead of a rate; 8 where neither is given.
     prompt
-        Words of each prompt, drawn at random; about as many tokens.
+        Words of each prompt, drawn at random; about as many tokens, but with the null model several times as many: its
+        tokens are letters. The figures say how many they were.
     answer
         Tokens of each answer; the end of the text is ignored.
     prompts
@@ -181,6 +183,7 @@ def summarize(timings: Sequence[Timing], seconds: float, goal: Goal) -> dict[str
     return {
         "seconds": seconds,
         "done": len(done),
+        "prompt_tokens": sum(timing.prompt_tokens for timing in done) / max(len(done), 1),  # on average
         "failed": len(timings) - len(done),
         "requests_per_second": len(done) / seconds,
         "prompt_tokens_per_second": sum(timing.prompt_tokens for timing in done) / seconds,
@@ -271,7 +274,8 @@ def _bar(total: int) -> Progress:
 def _show(figures: Mapping[str, Any], timings: Sequence[Timing]) -> None:
     console = Console(highlight=False) if sys.stdout.isatty() else Console(width=200, highlight=False)
     console.print(
-        f"{figures['done']} answers in {figures['seconds']:.1f} s, {figures['failed']} failed\n"
+        f"{figures['done']} answers in {figures['seconds']:.1f} s, {figures['failed']} failed; prompts had "
+        f"{figures['prompt_tokens']:.0f} tokens on average\n"
         f"{figures['requests_per_second']:.2f} requests/s, {figures['prompt_tokens_per_second']:,.0f} prompt tokens/s, "
         f"{figures['answer_tokens_per_second']:,.0f} answer tokens/s\n"
         f"goodput: {figures['goodput']:.2f} requests/s ({figures['good']} of {len(timings)} in time)\n"
@@ -302,25 +306,15 @@ def _row(timing: Timing) -> dict[str, Any]:
 
 
 def draw(timings: Sequence[Timing], path: Path) -> None:
-    """How many answers were within a time. ConfigError where matplotlib is missing or doesn't know the format."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        raise ConfigError("the plot needs matplotlib: pip install matplotlib") from None
-    figure, all_axes = pyplot.subplots(1, 3, figsize=(10, 3.2), layout="constrained", sharey=True)
+    """How many answers were within a time. Raises ConfigError, as `figure_file`."""
     done = [timing for timing in timings if timing.error is None]
     series = (
         ("first token", [timing.first for timing in done if timing.first is not None]),
         ("per token", [value for timing in done if (value := timing.per_token) is not None]),
         ("whole answer", [timing.last for timing in done]),
     )
-    for axes, (name, values) in zip(all_axes, series, strict=True):
-        axes.plot(np.sort(values) * 1e3, np.arange(1, len(values) + 1) / max(len(values), 1))
-        axes.set(xlabel=f"{name} (ms)", xlim=(0, None), ylim=(0, 1))
-    all_axes[0].set_ylabel("part of the answers")
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"can't draw {path}: {error}") from None
-    finally:
-        pyplot.close(figure)
+    with figure_file(path, len(series), 10.0) as all_axes:
+        for axes, (name, values) in zip(all_axes, series, strict=True):
+            axes.plot(np.sort(values) * 1e3, np.arange(1, len(values) + 1) / max(len(values), 1))
+            axes.set(xlabel=f"{name} (ms)", xlim=(0, None), ylim=(0, 1))
+        all_axes[0].set_ylabel("part of the answers")

@@ -19,8 +19,8 @@ from turbolm.cache.block_pool import BlockPool
 class BlockKeys:
     """The keys of one sequence's full blocks, each computed once, when first asked for."""
 
-    def __init__(self, token_ids: Sequence[int], block_size: int, tenant: str = "", adapter: str | None = None) -> None:
-        """`token_ids` is read later: it may grow, but what it holds must not change."""
+    def __init__(self, token_ids: Sequence[int], block_size: int, tenant: str = "", adapter: object = None) -> None:
+        """`token_ids` is read later: it may grow, but what it holds must not change. `adapter`: by its `repr`."""
         self._token_ids = token_ids
         self._block_size = block_size
         self._start = hashlib.sha256(repr((tenant, adapter)).encode()).digest()

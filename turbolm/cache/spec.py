@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from turbolm.kv import LEVELS, KvFormat, KvKind, KvShape
+from turbolm.kv_scales import LayerRanges, Ranges
 from turbolm.ops import LayerCache
 
 _DTYPES = {
@@ -20,6 +21,7 @@ _DTYPES = {
     "int4": torch.uint8,
     "fp8": torch.float8_e4m3fn,
 }
+_SMALLEST_SCALE = 2.0**-14  # the smallest normal float16
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,8 @@ class CacheSpec:
 
     layers: tuple[KvShape, ...]
     kv: KvFormat
+    ranges: tuple[LayerRanges, ...] = ()
+    """Of each layer, for what is stored as int8; none: each token has its own."""
 
     def allocate(self, num_blocks: int, block_size: int, device: torch.device) -> list[LayerCache]:
         """The KV pool, a `LayerCache` per layer. On the CPU its memory is taken when first written."""
@@ -42,8 +46,23 @@ class CacheSpec:
             kind_k, kind_v = self.kv.of_layer(index)
             k, k_scales = pool(shape, shape.head_dim, kind_k)
             v, v_scales = pool(shape, shape.v_head_dim, kind_v)
-            caches.append(LayerCache(k, v, k_scales, v_scales, kind_k, kind_v))
+            cache = LayerCache(k, v, k_scales, v_scales, kind_k, kind_v)
+            caches.append(_with_ranges(cache, self.ranges[index]) if self.ranges else cache)
         return caches
+
+
+def _with_ranges(cache: LayerCache, ranges: LayerRanges) -> LayerCache:
+    k_range, v_range = (
+        _scale_and_minimum(own).to(cache.k.device) if kind == "int8" else None
+        for kind, own in ((cache.kind_k, ranges.k), (cache.kind_v, ranges.v))
+    )
+    return replace(cache, k_range=k_range, v_range=v_range)
+
+
+def _scale_and_minimum(ranges: Ranges) -> Tensor:
+    """float16 [heads, 2] as `LayerCache` has it; no scale is 0."""
+    low, high = torch.tensor(ranges, dtype=torch.float64).unbind(1)
+    return torch.stack([((high - low) / LEVELS["int8"]).clamp(min=_SMALLEST_SCALE), low], 1).half()
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from turbolm.cli.options import given, takes_options
 from turbolm.cli.plain_view import PlainView, stream_answer
 from turbolm.config import DEFAULT_MODEL, EngineConfig
 from turbolm.errors import ConfigError, RequestError
+from turbolm.form import Grammar
 from turbolm.types import SamplingParams
 
 _ModelName = Annotated[str | None, Parameter(show_default=lambda _: DEFAULT_MODEL)]
@@ -32,6 +34,7 @@ def chat(
     api_key: str | None = None,
     prompt: str | None = None,
     system: str | None = None,
+    json_schema: str | None = None,
     **options: object,
 ) -> None:
     """Talk to a model in the terminal. With --prompt, or with text piped in, print one answer and end:
@@ -49,10 +52,13 @@ def chat(
         Answer this and end.
     system
         System prompt.
+    json_schema
+        The answer is JSON of this schema: a file, or the schema itself.
     """
     question = _question(prompt)
     sampling, engine_options = given(options, SamplingParams), given(options, EngineConfig)
-    SamplingParams.of(None, **sampling)  # refuses bad values before a model is loaded
+    grammar = None if json_schema is None else _read_schema(json_schema)
+    SamplingParams.of(None, **sampling, grammar=grammar)  # refuses bad values before a model is loaded
     config = EngineConfig.of(None, **engine_options)
     engine: ChatEngine
     if url is not None:
@@ -62,7 +68,7 @@ def chat(
         from turbolm.remote import RemoteLLM
 
         engine = remote = RemoteLLM(url, model, read_key(api_key))
-        conversation = Conversation(remote.default_params, sampling, system)
+        conversation = Conversation(replace(remote.default_params, grammar=grammar), sampling, system)
         remote.explicit = conversation.given
     else:
         # Loading torch takes seconds, which a remote chat need not wait for. What it makes stays: to look for
@@ -75,7 +81,7 @@ def chat(
         engine = AsyncLLM(model or DEFAULT_MODEL, config)
         recommended = engine.default_params
         base = CHAT_DEFAULTS if recommended == SamplingParams() else recommended
-        conversation = Conversation(base, sampling, system)
+        conversation = Conversation(replace(base, grammar=grammar), sampling, system)
     asyncio.run(_run(engine, conversation, question))
 
 
@@ -87,6 +93,19 @@ def _question(prompt: str | None) -> str | None:
     if not text.strip():
         raise RequestError("the prompt is empty: give a text with --prompt or on standard input", "prompt")
     return text.strip("\n")
+
+
+def _read_schema(value: str) -> Grammar:
+    """A schema, or the file that has it."""
+    if value.lstrip()[:1] != "{":
+        try:
+            value = Path(value).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"json_schema: can't read '{value[:200]}' ({error}); give a file, or a schema") from None
+    try:
+        return Grammar("json_schema", value)
+    except RequestError as error:
+        raise ConfigError(f"json_schema: {error}") from None
 
 
 def read_key(value: str | None) -> str | None:

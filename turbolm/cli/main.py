@@ -29,6 +29,9 @@ app.command("turbolm.cli.ui:ui", name="ui", help="Chat with a model, or a server
 app.command("turbolm.cli.serve:serve", name="serve", help="Serve a model over HTTP, with OpenAI's API.")
 app.command("turbolm.cli.quantize:quantize", name="quantize", help="Make a model smaller: 4- or 8-bit weights.")
 app.command(
+    "turbolm.cli.convert:convert", name="convert", help="Pack and divide a model's weights once, for fast starts."
+)
+app.command(
     "turbolm.cli.ladder:ladder", name="ladder", help="Which quantization of a model is good enough, on your questions."
 )
 app.command("turbolm.cli.plan:plan", name="plan", help="What a model takes on a machine, and how fast it would be.")

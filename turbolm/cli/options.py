@@ -53,6 +53,7 @@ def _flags(title: str, cls: type, omit: tuple[str, ...], show_defaults: bool) ->
         if field.name in omit:
             continue
         parameter = Parameter(
+            name=field.metadata.get("flag"),
             help=texts[field.name],
             group=group,
             show_default=show_defaults and _shown_default(field),

@@ -17,6 +17,7 @@ from rich.table import Table
 from turbolm.cli.options import given, takes_options
 from turbolm.compress.recipe import Recipe
 from turbolm.config import format_size
+from turbolm.errors import ConfigError
 
 if TYPE_CHECKING:
     from turbolm.compress.report import Report
@@ -24,7 +25,12 @@ if TYPE_CHECKING:
 
 @takes_options("Quantization", Recipe, omit=("method",))
 def quantize(
-    method: str, model: str, /, *, output: Annotated[Path, Parameter(name=("--output", "-o"))], **options: object
+    method: str,
+    model: str,
+    /,
+    *,
+    output: Annotated[Path | None, Parameter(name=("--output", "-o"))] = None,
+    **options: object,
 ) -> None:
     """Quantize a model's weights to 4 or 8 bits, into a folder that turbolm and other engines load. A command that
     was cut off goes on where it was when it is given again.
@@ -33,17 +39,35 @@ def quantize(
     ----------
     method
         awq or gptq: 4 bits, calibrated on data; rtn: 4 bits, without data, in seconds; int8 (SmoothQuant, calibrated)
-        or fp8: 8 bits, for activations of 8 bits.
+        or fp8: 8 bits, for activations of 8 bits; kv: static scales of an int8 KV cache, calibrated.
     model
         A short name, folder, .gguf file, hf:org/name, ms:org/name or pypi:package.
     output
-        The new folder.
+        The new folder. Of kv: a folder, or a .json file; by default beside the model, where loading finds it.
     """
+    if method == "kv":
+        _quantize_kv(model, output, given(options, Recipe))
+        return
     from turbolm.compress.job import quantize as run  # torch, which --help can do without
 
+    if output is None:
+        raise ConfigError("say where to write the model: -o FOLDER")
     with _progress_bar(f"{method} {model}") as advance:
         report = run(model, output, method, progress=advance, **given(options, Recipe))
     _print(report, output)
+
+
+def _quantize_kv(model: str, output: Path | None, options: dict[str, object]) -> None:
+    from turbolm.compress.kv import OPTIONS, calibrate_kv  # torch
+
+    wrong = [name for name in options if name not in OPTIONS]
+    if wrong:
+        raise ConfigError(f"{wrong[0]} says nothing of a KV cache; kv takes {', '.join(OPTIONS)}")
+    with _progress_bar(f"kv {model}") as advance:
+        path, warnings = calibrate_kv(model, output, progress=advance, **options)  # type: ignore[arg-type]
+    for warning in warnings:
+        sys.stdout.write(f"warning: {warning}\n")
+    sys.stdout.write(f"{path}: static scales; --kv int8 takes them if they lie beside the model, or --kv-scales PATH\n")
 
 
 @contextlib.contextmanager

@@ -12,11 +12,13 @@ from turbolm.config import DEFAULT_MODEL, EngineConfig
 from turbolm.errors import ConfigError
 from turbolm.ladder.recommendation import read_recommendation
 from turbolm.server.config import ServerConfig
+from turbolm.server.shadow_config import ShadowConfig
 
 _ModelName = Annotated[str | None, Parameter(show_default=lambda _: DEFAULT_MODEL)]
 
 
 @takes_options("Server", ServerConfig)
+@takes_options("Shadow", ShadowConfig)
 @takes_options("Engine", EngineConfig)
 def serve(model: _ModelName = None, /, *, ladder: Path | None = None, **options: object) -> None:
     """Serve a model over HTTP: OpenAI's chat and completions APIs, Prometheus metrics, a page at /docs.
@@ -31,10 +33,15 @@ def serve(model: _ModelName = None, /, *, ladder: Path | None = None, **options:
     """
     config = ServerConfig.of(None, **given(options, ServerConfig))
     recommended: dict[str, object] = {}
+    shadowed = given(options, ShadowConfig)
     if ladder is not None:
         if model is not None:
             raise ConfigError(f"the report {ladder} names the model: leave '{model}' out, or --ladder")
-        model, recommended = read_recommendation(ladder)
+        found = read_recommendation(ladder)
+        model, recommended = found.model, found.options
+        if "shadow" in shadowed and found.agreement is not None:
+            shadowed = {"shadow_model": found.base, "shadow_least": f"{found.agreement:.2%}", **shadowed}
+    shadow = ShadowConfig(**shadowed)  # type: ignore[arg-type]
     engine = EngineConfig.of(None, **{**recommended, **given(options, EngineConfig)})
     try:
         from turbolm.server.run import serve as run  # torch and uvicorn, which --help can do without
@@ -42,4 +49,4 @@ def serve(model: _ModelName = None, /, *, ladder: Path | None = None, **options:
         raise ConfigError(
             f"the server needs packages that are missing ({error}): pip install 'turbolm[server]'"
         ) from None
-    run(model or DEFAULT_MODEL, config, engine)
+    run(model or DEFAULT_MODEL, config, engine, shadow)

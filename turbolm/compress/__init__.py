@@ -10,7 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from turbolm.compress.conversion import convert
     from turbolm.compress.job import quantize, unpack
+    from turbolm.compress.kv import calibrate_kv
     from turbolm.compress.recipe import METHODS, Recipe
     from turbolm.compress.report import MatrixReport, Report
 
@@ -20,11 +22,13 @@ _HOMES = {
     "MatrixReport": "turbolm.compress.report",
     "Recipe": "turbolm.compress.recipe",
     "Report": "turbolm.compress.report",
+    "convert": "turbolm.compress.conversion",
+    "calibrate_kv": "turbolm.compress.kv",
     "quantize": "turbolm.compress.job",
     "unpack": "turbolm.compress.job",
 }
 
-__all__ = ["METHODS", "MatrixReport", "Recipe", "Report", "quantize", "unpack"]
+__all__ = ["METHODS", "MatrixReport", "Recipe", "Report", "calibrate_kv", "convert", "quantize", "unpack"]
 
 
 def __getattr__(name: str) -> object:

@@ -17,28 +17,60 @@ from torch import Tensor
 from turbolm.compress.layer import LayerTensors, OverlaySource
 from turbolm.compress.samples import Samples
 from turbolm.compress.statistics import Statistics
+from turbolm.config import EngineConfig, choose_backend
+from turbolm.errors import ConfigError
 from turbolm.layers.rope import RopeSpec
 from turbolm.models.decoder import DecoderLayer, load_layer
 from turbolm.models.loader import Loader
 from turbolm.models.spec import DecoderSpec
 from turbolm.ops import AttentionSpec, LayerCache, PreparedLinear, RopeTable
+from turbolm.ops.hardware import probe
 from turbolm.ops.reference import ReferenceOps
 from turbolm.quant import load_weight
 from turbolm.types import Batch
-from turbolm.weights import WeightSource
+from turbolm.weights import Packing, WeightSource
 
 _BATCH_TOKENS = 4096  # computed at once
 
 
+def calibration_device(name: str) -> tuple[torch.device, torch.dtype]:
+    """Where layers are computed ("auto", "cpu" or "cuda"), and in what. Raises ConfigError."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device is {name!r}; allowed: auto, cpu, cuda")
+    device = choose_backend(EngineConfig.of(device=name), probe()).device
+    return torch.device(device), torch.float32 if device == "cpu" else torch.bfloat16
+
+
 class RecordingOps(ReferenceOps):
-    """`ReferenceOps` that shows the inputs of linear layers to `observe`."""
+    """`ReferenceOps` that shows the inputs of linear layers to `observe`, and keys and values [t, heads, d] as they
+    are stored to `observe_kv`."""
 
     observe: Callable[[PreparedLinear, Tensor], None] | None = None
+    observe_kv: Callable[[Tensor, Tensor], None] | None = None
 
     def linear(self, x_tk: Tensor, weight: PreparedLinear) -> Tensor:
         if self.observe is not None:
             self.observe(weight, x_tk)
         return super().linear(x_tk, weight)
+
+    def rotary_store(
+        self,
+        qkv_tw: Tensor,
+        batch: Batch,
+        cache: LayerCache,
+        spec: AttentionSpec,
+        rope: RopeTable | None,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        qkv_tw = super().rotary_store(qkv_tw, batch, cache, spec, rope, q_norm, k_norm, eps)
+        if self.observe_kv is not None:
+            widths = [spec.q_width, spec.num_kv_heads * spec.head_dim, spec.num_kv_heads * spec.v_head_dim]
+            _, k, v = torch.split(qkv_tw, widths, dim=1)
+            heads = (-1, spec.num_kv_heads)
+            self.observe_kv(k.view(*heads, spec.head_dim), v.view(*heads, spec.v_head_dim))
+        return qkv_tw
 
 
 class Calibration:
@@ -63,10 +95,10 @@ class Calibration:
             for name in ("even", "odd")
         ]
 
-    def embed(self) -> None:
-        """The input of the first layer."""
+    def embed(self, packing: Packing | None = None) -> None:
+        """The input of the first layer. `packing`: the checkpoint's."""
         ops, name = self._ops, self._spec.embedding
-        table = ops.prepare_embedding(load_weight(self._source, name))
+        table = ops.prepare_embedding(load_weight(self._source, name, packing))
         for batch, rows in self._rows():
             self._hidden[0][rows] = ops.embedding(batch.token_ids, table, self._spec.embedding_scale).cpu()
         self._source.release(f"{name}.weight")
@@ -106,7 +138,7 @@ class Calibration:
         residual = self._hidden[index % 2][rows].to(ops.device, copy=True)
         x = layer.attention(ops.rms_norm(residual, layer.attention_norm, eps), batch, cache)
         x, residual = ops.add_rms_norm(x, residual, layer.mlp_norm, eps)
-        return ops.add(layer.mlp(x), residual)
+        return ops.add(layer.mlp(x, batch), residual)
 
     def _cache(self, spec: AttentionSpec, batch: Batch) -> LayerCache:
         """Room for the batch's keys and values: a block for each sequence."""

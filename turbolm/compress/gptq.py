@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from turbolm.compress.grid import Grid, Rounded, search_grid, to_codes
+from turbolm.compress.grid import Grid, Rounded, search_grid
 from turbolm.compress.recipe import Order
+from turbolm.quant.rounding import int4_codes
 
 _BLOCK = 64  # columns between updates of all that follow
 
@@ -63,7 +64,7 @@ def _round_columns(columns_kn: Tensor, inverse_kk: Tensor, scales_kn: Tensor, ze
         errors = torch.empty_like(columns_kn[start:stop])
         for turn in range(start, stop):
             column, scale, zero = columns_kn[turn], scales_kn[turn], zeros_kn[turn]
-            nearest = to_codes(column, scale, zero)
+            nearest = int4_codes(column, scale, zero)
             codes[turn] = nearest
             error = torch.sub(column, (nearest - zero) * scale, out=errors[turn - start])
             columns_kn[turn + 1 : stop].addr_(inverse_kk[turn, turn + 1 : stop], error, alpha=-1)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from turbolm.quant.int4 import int4
 from turbolm.quant.nibbles import pack_nibbles
+from turbolm.quant.rounding import int4_codes, int4_range
 from turbolm.weights import Weight
 
-LEVELS = 15  # the largest code
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6)  # parts of a group's range that clipping may leave
 _CHUNK = 1 << 24  # numbers of a temporary
 
@@ -51,36 +51,18 @@ class Rounded:
 def full_range(groups: Tensor, grid: Grid, shrink: float = 1.0) -> tuple[Tensor, Tensor]:
     """Scales and zero points [...] of groups [..., g] that cover `shrink` of each group's range. Zero points are
     1..15: GPTQ's first version has no 0, and a group that needs one has no negative weight to lose."""
-    high, low = groups.amax(-1).clamp(min=0) * shrink, groups.amin(-1).clamp(max=0) * shrink
-    if grid.symmetric:
-        bound = torch.maximum(high, -low)
-        high, low = bound, -bound
-    scales = _stored((high - low) / LEVELS, grid.scale_dtype)
-    if grid.symmetric:
-        return scales, torch.full_like(scales, 8.0)
-    return scales, (-low / scales).round().clamp(1, LEVELS)
-
-
-def _stored(scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """As `dtype` holds them: neither 0 (a group of zeros, or of very small numbers) nor infinite."""
-    info = torch.finfo(dtype)
-    rounded = scales.clamp(info.tiny, info.max).to(dtype).float()
-    return torch.where(scales > 0, rounded, 1.0)
-
-
-def to_codes(values: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """The nearest codes, as floats, of the same shape as `values`; scales and zeros broadcast."""
-    return (values / scales + zeros).round_().clamp_(0, LEVELS)
+    scales, zeros = int4_range(groups, grid.symmetric, grid.scale_dtype, shrink=shrink, lowest_zero=1)
+    return scales.clamp(max=torch.finfo(grid.scale_dtype).max), zeros
 
 
 def nearest_values(values: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    return (to_codes(values, scales, zeros) - zeros) * scales
+    return (int4_codes(values, scales, zeros) - zeros) * scales
 
 
 def round_matrix(matrix_nk: Tensor, scales: Tensor, zeros: Tensor) -> Rounded:
     """Every weight to the nearest code."""
     groups = matrix_nk.view(*scales.shape, -1)
-    codes = to_codes(groups, scales.unsqueeze(2), zeros.unsqueeze(2)).to(torch.uint8)
+    codes = int4_codes(groups, scales.unsqueeze(2), zeros.unsqueeze(2)).to(torch.uint8)
     return Rounded(codes.view(matrix_nk.shape), scales, zeros.to(torch.uint8))
 
 

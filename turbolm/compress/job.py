@@ -13,23 +13,21 @@ from pathlib import Path
 
 import torch
 
-from turbolm.compress.calibration import Calibration, RecordingOps
+from turbolm.compress.calibration import Calibration, RecordingOps, calibration_device
 from turbolm.compress.export import Exporter
 from turbolm.compress.layer import LayerTensors, points_of
 from turbolm.compress.methods import compress_layer
 from turbolm.compress.partial import FOLDER, Partial
 from turbolm.compress.recipe import Recipe
 from turbolm.compress.report import MatrixReport, Report, matrix_from_json, warnings_of
-from turbolm.compress.samples import Samples, load_samples
-from turbolm.config import EngineConfig, choose_backend, format_size
+from turbolm.compress.samples import Samples, load_samples, tokenizer_of
+from turbolm.config import format_size
 from turbolm.errors import CapacityError, CheckpointError, ConfigError, UnsupportedModelError
 from turbolm.hub import fetch
-from turbolm.models.checkpoint import Checkpoint, open_checkpoint
+from turbolm.models.checkpoint import Checkpoint, open_checkpoint, refuse_converted
 from turbolm.models.registry import decoder_spec
 from turbolm.models.spec import DecoderSpec
-from turbolm.ops.hardware import probe
 from turbolm.quant.dense import dense
-from turbolm.text import Tokenizer, load_tokenizer, tokenizer_from_gguf
 
 #: Called with (layers done, layers in total).
 Progress = Callable[[int, int], None]
@@ -59,10 +57,11 @@ def unpack(model: str, output: str | Path) -> None:
     output = Path(output).expanduser()
     _check_output(output)
     checkpoint = open_checkpoint(fetch(model).path)
+    refuse_converted(checkpoint)
     spec = decoder_spec(checkpoint.config)
     num_layers = len(spec.layers)
     partial = Partial(output, {"model": str(checkpoint.path)}, num_layers)
-    exporter = Exporter(checkpoint, spec, _tokenizer(checkpoint), None, _stored_dtype(checkpoint))
+    exporter = Exporter(checkpoint, spec, tokenizer_of(checkpoint), None, _stored_dtype(checkpoint))
     for index in range(len(partial.layers), num_layers):
         layer = LayerTensors.read(spec.layers[index], checkpoint.source, torch.device("cpu"), checkpoint.packing)
         matrices = {module: dense(matrix) for module, matrix in layer.matrices.items()}
@@ -77,6 +76,7 @@ def unpack(model: str, output: str | Path) -> None:
 
 class _Job:
     def __init__(self, checkpoint: Checkpoint, output: Path, recipe: Recipe) -> None:
+        refuse_converted(checkpoint)
         self.checkpoint = checkpoint
         self.spec = decoder_spec(checkpoint.config)
         if checkpoint.packing is not None:
@@ -90,7 +90,7 @@ class _Job:
             raise ConfigError(f"context is {recipe.context}; the model was made for {self.spec.max_context} tokens")
         self.dtype = _stored_dtype(checkpoint)
         self.output = output
-        self.tokenizer = _tokenizer(checkpoint)
+        self.tokenizer = tokenizer_of(checkpoint)
         self.samples: Samples | None = None
         if recipe.needs_data:
             self.samples = load_samples(recipe.data, self.tokenizer, recipe.samples, recipe.context)
@@ -102,7 +102,7 @@ class _Job:
         num_layers = len(self.spec.layers)
         partial = Partial(self.output, self._identity(), num_layers)
         exporter = Exporter(self.checkpoint, self.spec, self.tokenizer, self.recipe, self.dtype)
-        ops = RecordingOps(*self._device())
+        ops = RecordingOps(*calibration_device(self.recipe.device))
         calibration = None
         if self.samples is not None:
             calibration = Calibration(self.spec, self.checkpoint.source, self.samples, ops, partial.folder)
@@ -143,21 +143,10 @@ class _Job:
         shutil.rmtree(partial.folder)
         return report
 
-    def _device(self) -> tuple[torch.device, torch.dtype]:
-        """Where the layers are computed, and in what."""
-        device = choose_backend(EngineConfig(device=self.recipe.device), probe()).device
-        return torch.device(device), torch.float32 if device == "cpu" else torch.bfloat16
-
     def _identity(self) -> dict[str, object]:
         """What the result depends on."""
         digest = hashlib.sha256(repr(self.samples.token_ids).encode()).hexdigest() if self.samples else ""
         return {**asdict(self.recipe), "model": str(self.checkpoint.path), "text": digest}
-
-
-def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    if checkpoint.gguf is not None:
-        return tokenizer_from_gguf(checkpoint.gguf.metadata)
-    return load_tokenizer(checkpoint.path)
 
 
 def _check_output(output: Path) -> None:

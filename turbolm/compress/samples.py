@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from turbolm.errors import ConfigError, RequestError, TemplateError
-from turbolm.text import ChatTemplate, Tokenizer, encode_chat
+from turbolm.models.checkpoint import Checkpoint
+from turbolm.text import ChatTemplate, Tokenizer, encode_chat, load_tokenizer, tokenizer_from_gguf
 
 SHIPPED = Path(__file__).parent / "calibration.jsonl"
 _DATASET = "hf:"
@@ -28,6 +29,13 @@ class Samples:
     @property
     def num_tokens(self) -> int:
         return sum(map(len, self.token_ids))
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
+    """The model's own."""
+    if checkpoint.gguf is not None:
+        return tokenizer_from_gguf(checkpoint.gguf.metadata)
+    return load_tokenizer(checkpoint.path)
 
 
 def load_samples(data: str, tokenizer: Tokenizer, max_samples: int, context: int) -> Samples:

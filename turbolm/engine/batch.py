@@ -29,6 +29,8 @@ class StepArrays(NamedTuple):
     max_context: int
     num_decodes: int
     chunks: tuple[tuple[int, int, int], ...]
+    adapters: Ints | None = None
+    shares_context: bool = False
 
     def batch(self, tensor: Callable[[Ints], Tensor]) -> Batch:
         """As tensors, made by `tensor`."""
@@ -46,6 +48,8 @@ class StepArrays(NamedTuple):
             max_context=self.max_context,
             num_decodes=self.num_decodes,
             chunks=self.chunks,
+            adapters=None if self.adapters is None else tensor(self.adapters),
+            shares_context=self.shares_context,
         )
 
 
@@ -59,17 +63,15 @@ def lay_out(
     wanted. `row_before`: where the step before this one sampled what a token follows; such a token's id
     becomes -1 - row, to be replaced on the device."""
     items = step.items
-    counts = np.array([item.num_tokens for item in items], np.int32)
+    is_single = step.num_tokens == len(items)  # one token of each sequence
+    counts = np.ones(len(items), np.int32) if is_single else np.array([item.num_tokens for item in items], np.int32)
     first_positions = np.array([item.start for item in items], np.int32)
     starts = np.zeros(len(items) + 1, np.int32)
     np.cumsum(counts, out=starts[1:])
     contexts = first_positions + counts
     max_context, max_query = int(contexts.max()), int(counts.max())
-    tables = np.zeros((len(items), num_columns(max_context, block_size)), np.int32)
-    for table, item, context in zip(tables, items, contexts.tolist(), strict=True):
-        num_blocks = -(-context // block_size)
-        table[:num_blocks] = item.sequence.blocks[:num_blocks]
-    if max_query == 1:
+    tables = _block_tables(items, -(-contexts // block_size), num_columns(max_context, block_size))
+    if is_single:
         positions, owners = first_positions, np.arange(len(items))
     else:
         owners = np.repeat(np.arange(len(items)), counts)
@@ -89,12 +91,32 @@ def lay_out(
         max_context,
         num_decodes,
         chunks,
+        adapters_of(items),
     )
+
+
+def adapters_of(items: tuple[ScheduledSequence, ...]) -> Ints | None:
+    """[t] places of the rows' adapters; None where there are none."""
+    loaded = [item.sequence.request.loaded_adapter for item in items]
+    if not any(loaded):
+        return None
+    places = np.array([-1 if own is None else own.place for own in loaded], np.int32)
+    return np.repeat(places, [item.num_tokens for item in items])
 
 
 def num_columns(max_context: int, block_size: int) -> int:
     """Of a block table."""
     return -(-max_context // block_size)
+
+
+def _block_tables(items: tuple[ScheduledSequence, ...], num_blocks: Ints, width: int) -> Ints:
+    """[s, width] the first so many blocks of each sequence, then 0."""
+    blocks: list[int] = []
+    for item, count in zip(items, num_blocks.tolist(), strict=True):
+        blocks += item.sequence.blocks[:count]
+    tables = np.zeros((len(items), width), np.int32)
+    tables[np.arange(width) < num_blocks[:, None]] = blocks
+    return tables
 
 
 def _token_ids(items: tuple[ScheduledSequence, ...], row_before: Mapping[Sequence, int] | None) -> list[int]:

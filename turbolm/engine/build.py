@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from turbolm.config import ResolvedConfig
+from turbolm.drafts import LOGIT_ROWS, MAX_DRAFTED
+from turbolm.engine.adapters import Adapters
 from turbolm.engine.device_runner import DeviceRunner
+from turbolm.engine.draft import DraftModel, PairedRunner
 from turbolm.engine.engine import StepRunner
-from turbolm.engine.graph import DecodeGraphs, record
-from turbolm.engine.part import Part, lead, load_part
+from turbolm.engine.graph import DecodeGraphs, plain_steps, record
+from turbolm.engine.part import Part, allocate_caches, lead, load_part
 from turbolm.engine.rehearsal import rehearsals
 from turbolm.engine.runner import Runner
 from turbolm.engine.scheduler import Scheduler
-from turbolm.engine.speculative import PromptLookup
+from turbolm.engine.speculative import CPU_COSTS, GPU_COSTS, MAX_ROWS, Costs, PromptLookup
 from turbolm.engine.step_device import StepDevice
-from turbolm.memory import ModelNeeds
+from turbolm.kv import KvFormat
+from turbolm.kv_scales import find_scales
+from turbolm.memory import ModelNeeds, num_counted
+from turbolm.models.adapters import AdaptedDecoder
 from turbolm.models.checkpoint import Checkpoint
-from turbolm.models.decoder import Decoder, cache_spec, kv_layers, load_decoder
+from turbolm.models.converted import ConvertedLoader
+from turbolm.models.decoder import Decoder, kv_layers, load_decoder, vocabulary_names
 from turbolm.models.loader import Loader, Progress
 from turbolm.models.null import NULL_VOCABULARY, NullModel
+from turbolm.models.peft import module_shapes
 from turbolm.models.sharding import shard_spec
 from turbolm.models.spec import DecoderSpec, LayerSpec
-from turbolm.ops import DeviceOps, LayerCache, sampling
+from turbolm.ops import DeviceOps, LayerCache, Ops, sampling
 from turbolm.ops.cpu import sampling as native_sampling
 from turbolm.ops.cpu.ops import CpuOps
 from turbolm.ops.select import select_ops
@@ -37,9 +45,18 @@ from turbolm.quant.rounding import Rounding
 
 
 @dataclass(frozen=True, slots=True)
+class Draft:
+    """A draft model's files."""
+
+    checkpoint: Checkpoint
+    spec: DecoderSpec
+
+
+@dataclass(frozen=True, slots=True)
 class EngineParts:
     scheduler: Scheduler
     runner: StepRunner
+    adapters: Adapters | None = None  # where there is room for some
 
 
 def model_needs(name: str, checkpoint: Checkpoint, spec: DecoderSpec, tensor_parallel: int = 1) -> ModelNeeds:
@@ -50,14 +67,17 @@ def model_needs(name: str, checkpoint: Checkpoint, spec: DecoderSpec, tensor_par
     return ModelNeeds(
         name=name,
         max_context=spec.max_context,
-        packed_bytes=checkpoint.total_weight_bytes // tensor_parallel,
+        packed_bytes=checkpoint.total_weight_bytes // (tensor_parallel if checkpoint.manifest is None else 1),
+        conversion=None if checkpoint.manifest is None else checkpoint.manifest.conversion,
         num_parameters=layer_parameters + spec.vocab_size * spec.hidden_size * (1 if spec.head is None else 2),
         layer_parameters=layer_parameters,
         packed=_packed_formats(checkpoint),
         has_column_order=checkpoint.packing is not None and checkpoint.packing.has_order,
         kv_layers=kv_layers(spec),
+        kv_scales=find_scales(checkpoint.path),
         # Where tokens are chosen from all ranks' logits, these are there twice, besides the rank's own.
         num_logits=spec.vocab_size * (1 if tensor_parallel == 1 else 1 + 2 * tensor_parallel),
+        adapter_elements=sum(n + k for n, k in module_shapes(spec).values()),
         activation_elements=max(_activation_elements(layer, spec.hidden_size) for layer in spec.layers),
     )
 
@@ -86,17 +106,54 @@ def build(
     config: ResolvedConfig,
     vocab_size: int,
     progress: Progress | None = None,
+    draft: Draft | None = None,
 ) -> EngineParts:
     """Load the weights and allocate the KV cache. `vocab_size`: the tokenizer's."""
     if config.tensor_parallel > 1:
         load = functools.partial(build_part, checkpoint, spec, config, vocab_size, progress=progress)
         return EngineParts(_scheduler(config), lead(checkpoint.path, config, vocab_size, load))
-    ops = select_ops(config.device, config.kernels, config.dtype, unpack=config.unpack, threads=config.threads)
+    model = _load(checkpoint, spec, config, _ops(config), progress)
+    caches = allocate_caches(spec, config, model.ops.device, Shard())
+    adapted = AdaptedDecoder(model, config.max_adapters, config.max_adapter_rank) if config.max_adapters else None
+    adapters = None if adapted is None else Adapters(adapted)
+    runner = _runner(model, caches, config, vocab_size)
+    if draft is None:
+        return EngineParts(_scheduler(config), runner, adapters)
+    draft_runner = _draft_runner(draft, config, model.ops, vocab_size)
+    costs = _costs(config)._replace(draft=config.draft_cost)
+    draft_model = DraftModel(draft_runner, config.max_batch_tokens, costs)
+    return EngineParts(_scheduler(config, draft_model), PairedRunner(runner, draft_runner), adapters)
+
+
+def _ops(config: ResolvedConfig) -> Ops:
+    return select_ops(
+        config.device, config.kernels, config.dtype,
+        unpack=config.unpack, threads=config.threads, deterministic=config.deterministic,
+    )  # fmt: skip
+
+
+def _load(
+    checkpoint: Checkpoint, spec: DecoderSpec, config: ResolvedConfig, ops: Ops, progress: Progress | None
+) -> Decoder:
     rounding = _rounding(config, spec)
     loader = Loader(checkpoint.source, ops, progress, packing=checkpoint.packing, rounding=rounding)
-    model = load_decoder(spec, loader, config.max_context)
-    caches = cache_spec(spec, config.kv).allocate(config.num_blocks, config.block_size, ops.device)
-    return EngineParts(_scheduler(config), _runner(model, caches, config, vocab_size))
+    if checkpoint.manifest is not None:
+        loader = ConvertedLoader(checkpoint.path, checkpoint.manifest, ops, progress=progress)
+    return load_decoder(spec, loader, config.max_context)
+
+
+def _draft_runner(draft: Draft, config: ResolvedConfig, ops: Ops, vocab_size: int) -> StepRunner:
+    """Over a KV cache with as many blocks as the large model's. The CPU's threads serve both models."""
+    config = replace(
+        config, kv=KvFormat.both(config.kv.plain), kv_scales="", weights="auto", max_adapters=0,
+        max_batch_size=min(config.max_batch_size, MAX_DRAFTED), max_logit_rows=LOGIT_ROWS,
+    )  # fmt: skip
+    model = _load(draft.checkpoint, draft.spec, config, ops if isinstance(ops, CpuOps) else _ops(config), None)
+    return _runner(model, allocate_caches(draft.spec, config, ops.device, Shard()), config, vocab_size)
+
+
+def _costs(config: ResolvedConfig) -> Costs:
+    return CPU_COSTS if config.device == "cpu" else GPU_COSTS
 
 
 def build_part(
@@ -112,27 +169,30 @@ def build_part(
 
 
 def _rounding(config: ResolvedConfig, spec: DecoderSpec) -> Rounding | None:
-    """On the CPU, whose kernels have a scale for 32 columns at any rate, groups are of this size, and the
-    vocabulary's matrices, a large part of small models, are rounded too."""
     if config.weights == "auto":
         return None
-    names = frozenset(name for name in (spec.embedding, spec.head) if name is not None)
-    if config.device == "cpu":
-        return Rounding(config.weights, "int8", names, group_size=32)
-    return Rounding(config.weights, None, names)
+    return Rounding.at_load(config.weights, config.device, vocabulary_names(spec))
 
 
 def _runner(model: Decoder, caches: list[LayerCache], config: ResolvedConfig, vocab_size: int) -> StepRunner:
     ops = model.ops
-    forward = record(model, caches, config)
+    has_adapters = config.max_adapters > 0
+    steps = record(model, caches, config, has_adapters=has_adapters)
     if isinstance(ops, DeviceOps):
         ops.finish_loading(config.max_logit_rows, model.spec.vocab_size)
-        graphs = DecodeGraphs(forward, config, config.block_size, ops.device)
+        graphs = DecodeGraphs(
+            steps.forward, config, config.block_size, ops.device,
+            has_adapters=has_adapters, max_shared_rows=MAX_ROWS if config.speculation else 0,
+        )  # fmt: skip
         sample = functools.partial(_sample, ops, vocab_size)
-        device = StepDevice(forward, graphs, ops.device, sample, ops.resolve_tokens, rehearsals=rehearsals(config))
+        device = StepDevice(
+            steps.forward, graphs, ops.device, sample, ops.resolve_tokens,
+            rehearsals=rehearsals(config), forward_hidden=steps.forward_hidden,
+            adjust=ops.adjust, counts_shape=(num_counted(config.max_batch_size, vocab_size), vocab_size),
+        )  # fmt: skip
         return DeviceRunner(device, config, config.block_size, vocab_size)
     sample_rows = functools.partial(native_sampling.sample, ops.team) if isinstance(ops, CpuOps) else sampling.sample
-    return Runner(forward, config.block_size, ops.device, vocab_size, sample_rows)
+    return Runner(steps.forward, config.block_size, ops.device, vocab_size, sample_rows, steps.forward_hidden)
 
 
 def _sample(ops: DeviceOps, vocab_size: int, logits_rv: Tensor, *columns: Any) -> Tensor:
@@ -147,13 +207,17 @@ def null_needs() -> ModelNeeds:
 def build_null(config: ResolvedConfig) -> EngineParts:
     """The null model behind a real scheduler and runner."""
     device = torch.device("cpu")
+    torch.set_num_threads(1)  # waking a second thread for so little takes longer than it saves
     model = NullModel()
     caches = model.cache_spec.allocate(config.num_blocks, config.block_size, device)
-    runner = Runner(lambda batch: model.forward(batch, caches), config.block_size, device, NULL_VOCABULARY)
+    steps = plain_steps(model, caches)
+    runner = Runner(
+        steps.forward, config.block_size, device, NULL_VOCABULARY, forward_hidden=steps.forward_hidden
+    )  # fmt: skip
     return EngineParts(_scheduler(config), runner)
 
 
-def _scheduler(config: ResolvedConfig) -> Scheduler:
+def _scheduler(config: ResolvedConfig, draft_model: DraftModel | None = None) -> Scheduler:
     return Scheduler(
         num_blocks=config.num_blocks,
         block_size=config.block_size,
@@ -163,5 +227,6 @@ def _scheduler(config: ResolvedConfig) -> Scheduler:
         max_context=config.max_context,
         max_waiting=config.max_waiting,
         prefix_cache=config.prefix_cache,
-        drafter=PromptLookup if config.speculation else None,
+        drafter=functools.partial(PromptLookup, costs=_costs(config)) if config.speculation else None,
+        draft_model=draft_model,
     )

@@ -7,14 +7,19 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
 
 from turbolm.engine.preparation import Preparation, Prepared
 from turbolm.engine.scheduler import Scheduler
 from turbolm.engine.step import SchedulerStats, Step, StepResult
-from turbolm.errors import EngineError, TurbolmError
+from turbolm.errors import EngineError, RequestError, TurbolmError
 from turbolm.grammar import GrammarCompiler
 from turbolm.types import Output, Request
+
+if TYPE_CHECKING:
+    from turbolm.engine.adapters import Adapters
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +59,19 @@ class Engine:
     exactly one final output, whatever happens."""
 
     def __init__(
-        self, scheduler: Scheduler, runner: StepRunner, deliver: Deliver, grammars: GrammarCompiler | None = None
+        self,
+        scheduler: Scheduler,
+        runner: StepRunner,
+        deliver: Deliver,
+        grammars: GrammarCompiler | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
-        """Without `grammars`, requests that have one are refused."""
+        """Without `grammars` or `adapters`, requests that have one are refused."""
         self._scheduler = scheduler
         self._runner = runner
         self._deliver = deliver
+        self._adapters = adapters
+        self._calls: collections.deque[tuple[Callable[[], None], Future[None]]] = collections.deque()
         self._changed = threading.Condition()
         self._submitted: collections.deque[Prepared] = collections.deque()
         self._preparation = Preparation(grammars, self._take_prepared)
@@ -94,6 +106,33 @@ class Engine:
             else:
                 self._cancelled.append(key)
                 self._changed.notify()
+
+    def add_adapter(self, name: str, source: str) -> None:
+        """Reads a LoRA adapter (a folder, or a hub's name), waits until requests may name it. Raises UserError,
+        CapacityError where there is no room."""
+        adapters = self._room_for_adapters()
+        adapter = adapters.read(source)
+        self._call(lambda: adapters.add(name, adapter, self._scheduler.uses))
+
+    def remove_adapter(self, name: str) -> None:
+        """Requests that come later can't name it; those that have it go on to their ends. Raises UserError."""
+        adapters = self._room_for_adapters()
+        self._call(lambda: adapters.remove(name))
+
+    def _room_for_adapters(self) -> Adapters:
+        if self._adapters is None:
+            raise RequestError("there is no room for adapters: start the engine with max_adapters", "adapter")
+        return self._adapters
+
+    def _call(self, job: Callable[[], None]) -> None:
+        """Waits until the engine's thread has done it, between steps."""
+        done: Future[None] = Future()
+        with self._changed:
+            if self._closing:
+                raise EngineError("the engine is closed")
+            self._calls.append((job, done))
+            self._changed.notify()
+        done.result()
 
     def close(self) -> None:
         """Cancel what is left, and end the thread. Idempotent."""
@@ -141,14 +180,23 @@ class Engine:
             submitted, cancelled = list(self._submitted), list(self._cancelled)
             self._submitted.clear()
             self._cancelled.clear()
+            calls = list(self._calls)
+            self._calls.clear()
             closing = self._closing
+        for job, done in calls:
+            try:
+                job()
+            except Exception as failure:  # noqa: BLE001 (raised in the caller's thread)
+                done.set_exception(failure)
+            else:
+                done.set_result(None)
         outputs: list[Output] = []
         for request, deltas, error in submitted:
             if error is not None:
                 outputs.append(Output(request.id, request.index, finish_reason="error", error=error))
                 continue
             try:
-                self._scheduler.add(request, deltas)
+                self._scheduler.add(self._bound(request), deltas)
             except TurbolmError as refusal:
                 outputs.append(Output(request.id, request.index, finish_reason="error", error=refusal))
         ended = (self._scheduler.cancel(request_id, index) for request_id, index in cancelled)
@@ -156,6 +204,12 @@ class Engine:
         if outputs:
             self._deliver(outputs)
         return not closing
+
+    def _bound(self, request: Request) -> Request:
+        """With the adapter that bears the name now. Raises RequestError."""
+        if request.adapter is None:
+            return request
+        return replace(request, loaded_adapter=self._room_for_adapters().find(request.adapter))
 
     def _end_preparation(self) -> list[Output]:
         """The last outputs of requests that never came as far as the scheduler."""
@@ -169,7 +223,7 @@ class Engine:
 
     @property
     def _is_idle(self) -> bool:
-        is_asked = self._submitted or self._cancelled or self._closing
+        is_asked = self._submitted or self._cancelled or self._calls or self._closing
         return not (is_asked or self._in_flight or self._scheduler.has_work)
 
     def _warm_up(self) -> bool:

@@ -13,7 +13,7 @@ class Job:
 
     __slots__ = (
         "asks_prompt_logprobs", "block_size", "deferred", "deltas", "drafter", "has_answer", "held_logprobs",
-        "held_prompt_logprobs", "keys", "max_blocks", "max_length", "min_length", "num_in_flight",
+        "held_prompt_logprobs", "is_summed", "keys", "max_blocks", "max_length", "min_length", "num_in_flight",
         "num_prompt_logprobs", "num_scheduled", "place", "priority", "reads_answer", "sampled_by", "sequence", "stops",
     )  # fmt: skip
 
@@ -36,23 +36,18 @@ class Job:
         self.deltas = deltas
         self.priority = request.priority
         self.place = (request.priority, number)  # the order of all work; unique
-        self.keys = BlockKeys(sequence.token_ids, block_size, request.tenant, request.adapter)
+        self.keys = BlockKeys(sequence.token_ids, block_size, request.tenant, request.loaded_adapter)
         # Leading tokens that steps so far compute; sequence.num_computed follows at update. One more than
         # are known where the last step computes what the one before samples.
         self.num_scheduled = 0
         self.num_in_flight = 0  # steps with it that are not updated
         self.sampled_by = -1  # number of the step whose token the next step may compute before it's known
-        # Which tokens the answer holds bears on the choice of the next, and the host computes how.
-        self.reads_answer = bool(
-            params.presence_penalty
-            or params.frequency_penalty
-            or params.repetition_penalty != 1.0
-            or request.bad_words_ids
-            or params.grammar is not None
-        )
+        # What the answer holds bears on the choice of the next token, and the host computes how.
+        self.reads_answer = params.grammar is not None
         self.held_logprobs: list[TokenLogprob] = []  # without deltas: what the last output will bring
         self.held_prompt_logprobs: list[TokenLogprob | None] = []
         self.asks_prompt_logprobs = params.prompt_logprobs is not None
+        self.is_summed = request.pooling == "mean"  # each of the prompt's tokens has to be computed
         self.num_prompt_logprobs = 0  # handed out, of those asked for
         self.deferred = (-1, -1)  # the block (index) that it last waited for, and the step that computed it
         # The answer ends when it is longer than min_length by one of these tokens, or reaches max_length.
@@ -60,6 +55,8 @@ class Job:
         # (A grammar's end comes before min_tokens where it has to: the sampler sees to it.)
         self.min_length = num_prompt + (params.min_tokens if params.grammar is None else 0)
         self.max_length = max_context if params.max_tokens is None else min(max_context, num_prompt + params.max_tokens)
+        if not request.has_answer:
+            self.max_length = num_prompt
         self.has_answer = self.max_length > num_prompt
         # The last token of the longest answer is never computed.
         self.max_blocks = -(-max(num_prompt, self.max_length - 1) // block_size)
@@ -92,8 +89,10 @@ class Job:
     @property
     def num_shareable(self) -> int:
         """How many leading blocks may come from the prefix cache: at least one token is computed, so
-        that there is something to sample from; all are where the prompt's log-probabilities are due."""
-        return 0 if self.wants_prompt_logprobs else (len(self.sequence.token_ids) - 1) // self.block_size
+        that there is something to sample from; all are where something of each is due."""
+        if self.is_summed or self.wants_prompt_logprobs:
+            return 0
+        return (len(self.sequence.token_ids) - 1) // self.block_size
 
     @property
     def answer(self) -> tuple[int, ...]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,9 +18,11 @@ from turbolm.engine.ranks import FAILED, LOAD, LoadOrder, Ranks
 from turbolm.engine.rehearsal import rehearsals
 from turbolm.engine.step_device import StepDevice
 from turbolm.errors import EngineError
+from turbolm.kv_scales import read_scales
 from turbolm.models.checkpoint import Checkpoint
-from turbolm.models.decoder import Decoder, cache_spec, load_decoder
-from turbolm.models.loader import Progress
+from turbolm.models.converted import ConvertedLoader
+from turbolm.models.decoder import Decoder, cache_spec, kv_layers, load_decoder
+from turbolm.models.loader import Loader, Progress
 from turbolm.models.sharding import ShardLoader, cuts, shard_spec
 from turbolm.models.spec import DecoderSpec
 from turbolm.ops import LayerCache
@@ -29,6 +32,8 @@ from turbolm.parallel.collectives import ProcessGroup
 from turbolm.parallel.processes import RankProcesses
 from turbolm.parallel.shard import Shard
 from turbolm.quant.rounding import Rounding
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +49,32 @@ class Part:
         """Waits for the other ranks, which must do the same."""
         ops, config = self.ops, self.config
         ops.finish_loading(config.max_logit_rows, self.model.spec.vocab_size)
-        forward = record(self.model, self.caches, config)
+        steps = record(self.model, self.caches, config)
         graphs: DecodeGraphs | None = None
         first_steps: Iterator[StepArrays] = iter(())
         if ops.device.type == "cuda" and config.kernels == "native":
-            graphs, first_steps = DecodeGraphs(forward, config, config.block_size, ops.device), rehearsals(config)
-        return StepDevice(forward, graphs, ops.device, ops.sample, ops.resolve_tokens, ops.gather_logits, first_steps)
+            graphs, first_steps = DecodeGraphs(steps.forward, config, config.block_size, ops.device), rehearsals(config)
+        return StepDevice(
+            steps.forward, graphs, ops.device, ops.sample, ops.resolve_tokens, ops.gather_logits, first_steps,
+            steps.forward_hidden,
+        )  # fmt: skip
 
 
 def device_of(config: ResolvedConfig, rank: int) -> torch.device:
     """Rank r's GPU is the r-th."""
     return torch.device(config.device, rank) if config.device == "cuda" else torch.device(config.device)
+
+
+def allocate_caches(spec: DecoderSpec, config: ResolvedConfig, device: torch.device, shard: Shard) -> list[LayerCache]:
+    """The KV pool of a rank. `spec`: the whole model's. Raises CheckpointError for static scales that don't fit it."""
+    kept = cache_spec(shard_spec(spec, shard), config.kv)
+    if config.kv_scales:
+        _log.info("the KV cache has static scales: %s", config.kv_scales)
+        shapes = kv_layers(spec)
+        whole = read_scales(Path(config.kv_scales), shapes)
+        parts = (layer.part(*shard.copy_of(shape.num_heads)) for layer, shape in zip(whole, shapes, strict=True))
+        kept = replace(kept, ranges=tuple(parts))
+    return kept.allocate(config.num_blocks, config.block_size, device)
 
 
 def load_part(
@@ -72,11 +92,13 @@ def load_part(
     if device.type == "cpu":
         torch.set_num_threads(max(1, config.threads // group.size))
     ops = select_sharded_ops(device, config.kernels, config.dtype, group, vocab_size, spec.hidden_size)
-    loader = ShardLoader(
+    loader: Loader = ShardLoader(
         checkpoint.source, ops, cuts(spec, shard), progress, packing=checkpoint.packing, rounding=rounding
     )
+    if checkpoint.manifest is not None:
+        loader = ConvertedLoader(checkpoint.path, checkpoint.manifest, ops, group.rank, progress)
     model = load_decoder(shard_spec(spec, shard), loader, config.max_context)
-    caches = cache_spec(model.spec, config.kv).allocate(config.num_blocks, config.block_size, device)
+    caches = allocate_caches(spec, config, device, shard)
     return Part(model, ops, caches, config)
 
 

@@ -105,7 +105,7 @@ class StepOrder(NamedTuple):
         parts = [take(size, np.int32) for size in sizes]
         parts[5] = parts[5].reshape(-1, num_columns)
         chunks = tuple(map(tuple, take(3 * num_chunks, np.int32).reshape(-1, 3).tolist()))
-        arrays = StepArrays._make([*parts, max_query, max_context, num_decodes, chunks])
+        arrays = StepArrays._make([*parts, max_query, max_context, num_decodes, chunks, None, False])
         columns = [take(num_draws, dtype) for dtype in _DRAW_TYPES] if num_draws >= 0 else None
         return cls(arrays, None if columns is None else Draws._make([*columns, has_filters]), gathers)
 

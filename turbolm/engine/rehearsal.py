@@ -3,25 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
 
 import numpy as np
 
 from turbolm.engine.batch import StepArrays, num_columns
-
-
-class Limits(Protocol):
-    """The largest step: a `ResolvedConfig` says it."""
-
-    @property
-    def max_batch_tokens(self) -> int: ...
-    @property
-    def max_batch_size(self) -> int: ...
-    @property
-    def max_context(self) -> int: ...
-    @property
-    def block_size(self) -> int: ...
-
+from turbolm.engine.graph import Limits
 
 #: Decodes, then prompts and tokens of each: kernels have variants for short and long, few and many prompts.
 _SHAPES = ((0, 1, 8), (0, 1, 100), (2, 20, 40), (1, 100, 40), (0, 1, 2048))

@@ -31,12 +31,11 @@ class Choice(NamedTuple):
 
     sequence: Sequence
     drafts: tuple[int, ...] = ()
-    num_ahead: int = 0  # tokens between the known ones and this one that an earlier step still computes
 
     @property
     def num_output(self) -> int:
         """How long the answer is without the token."""
-        return self.sequence.num_output + len(self.drafts) + self.num_ahead
+        return self.sequence.num_output + len(self.drafts)
 
     @property
     def stops(self) -> tuple[int, ...]:
@@ -90,7 +89,7 @@ class Sampler:
             if _has_adjustments(choice):
                 self._adjust(logits_rv[row], choice)
         self._constraints.apply(logits_rv, choices)
-        tokens = self._draw(logits_rv, choices)
+        tokens = self.draw(logits_rv, choices)
         logprobs: list[TokenLogprob | None] = [None] * len(tokens)
         for row, logits_v in wanted.items():
             if tokens[row] < 0:
@@ -106,7 +105,8 @@ class Sampler:
             return RequestError(f"the answer can't go on by its grammar: {reason}", "grammar")
         return no_distribution()
 
-    def _draw(self, logits_rv: Tensor, choices: Rows[Choice]) -> list[int]:
+    def draw(self, logits_rv: Tensor, choices: Rows[Choice]) -> list[int]:
+        """Each row's token, from the logits as they are; -1 as in `sample`."""
         params = [choice.sequence.request.params for choice in choices]
         columns = self._columns
         if columns is None or columns.params != params or columns.uniform_r.device != logits_rv.device:
@@ -127,7 +127,7 @@ class Sampler:
         """Penalties, biases and bans, in place on one row."""
         sequence = choice.sequence
         params, request = sequence.request.params, sequence.request
-        if _has_penalties(params):
+        if has_penalties(params):
             if sequence not in self._histories:
                 self._histories[sequence] = _History(sequence.num_prompt)
             self._histories[sequence].update(sequence.token_ids)
@@ -188,15 +188,25 @@ def token_logprobs(logits_rv: Tensor, tokens: Rows[int], num_top: int) -> list[T
     return [TokenLogprob(*entry) for entry in zip(tokens, values, ranks, tops, strict=True)]
 
 
-def _has_penalties(params: SamplingParams) -> bool:
+def has_penalties(params: SamplingParams) -> bool:
+    """Whether tokens that occur are less likely."""
     return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
 
 
 def is_plain(request: Request) -> bool:
     """Whether its tokens are drawn from the logits as they are, and nothing else is asked for."""
+    return not is_adjusted(request) and is_chosen_alone(request)
+
+
+def is_adjusted(request: Request) -> bool:
+    """Whether logits are changed before a token is chosen, in ways that a device knows too (not by a grammar)."""
     params = request.params
-    adjusted = params.logit_bias or params.min_tokens or request.bad_words_ids or _has_penalties(params)
-    return not adjusted and params.logprobs is None and params.grammar is None
+    return bool(params.logit_bias or params.min_tokens or request.bad_words_ids) or has_penalties(params)
+
+
+def is_chosen_alone(request: Request) -> bool:
+    """Whether tokens are all that's asked for, and no grammar bears on them."""
+    return request.params.logprobs is None and request.params.grammar is None
 
 
 def no_distribution() -> EngineError:
@@ -208,7 +218,7 @@ def _has_adjustments(choice: Choice) -> bool:
     request = choice.sequence.request
     params = request.params
     bans = choice.num_output < params.min_tokens or request.bad_words_ids
-    return bool(params.logit_bias or bans) or _has_penalties(params)
+    return bool(params.logit_bias or bans) or has_penalties(params)
 
 
 def _banned_words(words: tuple[tuple[int, ...], ...], choice: Choice) -> list[int]:

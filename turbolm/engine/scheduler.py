@@ -20,15 +20,15 @@ Policy
 - A waiting request preempts running ones of a higher priority number when it then fits.
 - A prompt whose next block is being computed by another sequence right now waits for that step and
   then shares the block.
-- Decodes carry drafts (speculative.py), if there is a drafter, as far as a step and the pool have
+- Decodes carry drafts (drafting.py), if there is a drafter, as far as a step and the pool have
   room left over: nothing else waits or is preempted for them.
 
 Running ahead: `next_batch` may be called again before `update`. It then schedules what doesn't depend
 on the results still due, and the tokens that the last step samples, one per sequence, which the device
 knows by then (`ScheduledSequence.follows`). Where such a token ends its answer, what follows it is
 dropped at its update. Steps must be run and updated in the order they were made.
-- The tokens of some requests are chosen by what the answer holds, which the host has to know (penalties,
-  bad words). While one of them waits for its token, so does the next step: run without it, the two
+- The tokens of some requests are chosen by what the answer holds, which the host has to know (grammars).
+  While one of them waits for its token, so does the next step: run without it, the two
   would take turns for good, each at half the speed.
 - A sequence in a step not yet updated is never preempted. Where it would be, it is held: left out of
   this step, so that it can be preempted after the update, if that is still needed. If it ends early
@@ -39,6 +39,7 @@ dropped at its update. Steps must be run and updated in the order they were made
 from __future__ import annotations
 
 import math
+import time
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Collection
@@ -46,11 +47,12 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from turbolm.engine.blocks import Blocks
+from turbolm.engine.drafting import Drafting, Proposer
 from turbolm.engine.job import Job, OpenStep
-from turbolm.engine.speculative import MAX_DRAFTS, MAX_ROWS, Drafter
+from turbolm.engine.speculative import Drafter
 from turbolm.engine.step import ScheduledSequence, SchedulerStats, Step, StepResult
 from turbolm.errors import CapacityError, ConfigError, ContextOverflowError, EngineError, RequestError, TurbolmError
-from turbolm.types import FinishReason, Output, Request, Sequence, SequenceState, TokenLogprob, Usage
+from turbolm.types import FinishReason, LoadedAdapter, Output, Request, Sequence, SequenceState, TokenLogprob, Usage
 
 
 class _InFlight(NamedTuple):
@@ -76,11 +78,12 @@ class Scheduler:
         prefix_cache: bool = True,
         max_logit_rows: int | None = None,
         drafter: Callable[[list[int]], Drafter] | None = None,
+        draft_model: Proposer | None = None,
     ) -> None:
         """`max_batch_size` sequences run at once; a step has at most `max_batch_tokens` tokens, and wants
         logits for at most `max_logit_rows` of them (None: no limit); prompt plus answer have at most
         `max_context`; at most `max_waiting` requests wait. `drafter` makes, of a sequence's token ids,
-        what guesses how it goes on (None: no drafts)."""
+        what guesses how it goes on (None: no drafts); where it has none, `draft_model` may."""
         max_logit_rows = max_batch_tokens if max_logit_rows is None else max_logit_rows
         for name, value in (
             ("num_blocks", num_blocks),
@@ -103,7 +106,7 @@ class Scheduler:
         self.max_logit_rows = max_logit_rows
         self.max_context = max_context
         self.max_waiting = max_waiting
-        self._drafter = drafter
+        self._drafting = Drafting(drafter, draft_model)
         self._blocks = Blocks(num_blocks, block_size, prefix_cache)
         self._jobs: dict[tuple[str, int], Job] = {}  # all that are alive, by (request id, index)
         self._waiting: list[Job] = []  # in order, as is
@@ -134,12 +137,12 @@ class Scheduler:
                 f"{len(self._waiting)} requests are waiting, and max_waiting is {self.max_waiting}: try again later"
             )
         sequence = Sequence(request)
-        drafter = None if self._drafter is None else self._drafter(sequence.token_ids)
+        drafter = self._drafting.drafter_of(sequence)
         job = Job(sequence, self._num_added, self.max_context, self.block_size, drafter, deltas)
-        if sequence.num_prompt + (request.params.max_tokens != 0) > self.max_context:
+        if sequence.num_prompt + request.has_answer > self.max_context:
             raise ContextOverflowError(
-                f"the prompt has {sequence.num_prompt} tokens and the context {self.max_context}, which leaves no room "
-                "for an answer: shorten the prompt or raise max_context",
+                f"the prompt has {sequence.num_prompt} tokens and the context {self.max_context}, which leaves no room"
+                f"{' for an answer' * request.has_answer}: shorten the prompt or raise max_context",
                 "prompt",
             )
         num_blocks, size = self._blocks.pool.num_blocks, self.block_size
@@ -182,6 +185,10 @@ class Scheduler:
                     self._drop(job)
         return [self._end(job, "error", error=error) for job in jobs if job.sequence.finish_reason is None]
 
+    def uses(self, adapter: LoadedAdapter) -> bool:
+        """Whether any request that is waiting or running has it."""
+        return any(job.sequence.request.loaded_adapter == adapter for job in self._jobs.values())
+
     @property
     def has_work(self) -> bool:
         """Whether any request is waiting or running. While so and all steps are updated, `next_batch`
@@ -216,13 +223,16 @@ class Scheduler:
 
     def next_batch(self) -> Step | None:
         """What to compute next; None if there is nothing to do before another `update` or `add`."""
-        if self._in_flight and any(job.reads_answer and not job.num_left for job in self._running):
+        if self._in_flight and (
+            any(job.reads_answer and not job.num_left for job in self._running)
+            or self._drafting.awaits(self._running, self._in_flight[-1].step)
+        ):
             return None
         self._held.clear()
         self._make_way()
         open_step = self._continue_running()
         self._admit(open_step)
-        self._speculate(open_step)
+        self._num_draft_tokens += self._drafting.add(open_step, self._spare_slots)
         finished = open_step.finish()
         if finished is None:
             return None
@@ -285,25 +295,6 @@ class Scheduler:
         if num_seen:
             self._waiting[:num_seen] = deferred
 
-    def _speculate(self, open_step: OpenStep) -> None:
-        """Adds drafts to the decodes, from what is left over."""
-        decodes = open_step.decodes
-        room = min(MAX_ROWS - len(decodes), open_step.num_tokens, open_step.num_logit_rows)
-        if self._drafter is None or room < 1:
-            return
-        for index, (item, job) in enumerate(zip(decodes, open_step.decode_jobs, strict=True)):
-            share = -(-room // (len(decodes) - index))
-            limit = min(share, MAX_DRAFTS, job.num_draftable)
-            if job.drafter is None or limit < 1 or item.follows:
-                continue
-            drafts = job.drafter.propose(limit, len(decodes))
-            drafts = drafts[: self._spare_slots(job, len(drafts))]
-            if drafts:
-                decodes[index] = item._replace(drafts=drafts)
-                job.sampled_by = -1  # which of the tokens that it samples is the last, the device can't tell
-                room -= len(drafts)
-                self._num_draft_tokens += len(drafts)
-
     def _spare_slots(self, job: Job, wanted: int) -> int:
         """Slots for up to so many drafts: in the job's last block, and in new ones that nobody waits
         for or will lack."""
@@ -345,6 +336,7 @@ class Scheduler:
         insort(self._running, job, key=_place)
         if sequence.num_preemptions == 0:
             sequence.num_cached = sequence.num_computed
+            sequence.queued = time.monotonic() - sequence.arrival
             self._num_prompt_tokens += sequence.num_prompt
             self._num_prefix_hit_tokens += sequence.num_cached
 
@@ -429,6 +421,8 @@ class Scheduler:
             self._blocks.publish(job, num_computed)
         sequence.num_computed = num_computed
         if not job.has_answer and num_computed == sequence.num_prompt:
+            if sequence.request.pooling is not None:
+                return self._end(job, "stop", embedding=result.embedding)
             reason = "length"
         prompt_logprobs = result.prompt_logprobs and job.new_prompt_logprobs(item.start, result.prompt_logprobs)
         if reason is None:
@@ -453,6 +447,7 @@ class Scheduler:
         logprobs: tuple[TokenLogprob, ...] = (),
         prompt_logprobs: tuple[TokenLogprob | None, ...] = (),
         error: TurbolmError | None = None,
+        embedding: bytes | None = None,
     ) -> Output:
         """Ends a live sequence: the one place where a last output is made."""
         sequence = job.sequence
@@ -468,8 +463,10 @@ class Scheduler:
         if not job.deltas:
             job.hold(logprobs, prompt_logprobs)
             token_ids, logprobs, prompt_logprobs = job.answer, tuple(job.held_logprobs), tuple(job.held_prompt_logprobs)
-        usage = Usage(sequence.num_prompt, sequence.num_output, sequence.num_cached)
-        return Output(request.id, request.index, token_ids, (), logprobs, prompt_logprobs, reason, stop, usage, error)
+        usage = Usage(sequence.num_prompt, sequence.num_output, sequence.num_cached, sequence.queued)
+        return Output(
+            request.id, request.index, token_ids, (), logprobs, prompt_logprobs, reason, stop, usage, error, embedding
+        )  # fmt: skip
 
     def _drop(self, job: Job) -> None:
         """A step is over with a sequence that had ended before."""

@@ -7,7 +7,7 @@ import numpy as np
 
 from turbolm.engine.batch import Ints
 from turbolm.engine.randomness import stream_key
-from turbolm.engine.sampler import is_plain
+from turbolm.engine.sampler import is_adjusted, is_chosen_alone
 from turbolm.engine.step import ScheduledSequence
 from turbolm.types import Sequence, SequenceState
 
@@ -25,7 +25,8 @@ class SequenceTable:
         self.top_p = np.zeros(num_rows, np.float32)
         self.min_p = np.zeros(num_rows, np.float32)
         self.has_filters = np.zeros(num_rows, np.bool_)  # top-k, top-p or min-p
-        self.is_plain = np.zeros(num_rows, np.bool_)  # see `sampler.is_plain`
+        self.is_alone = np.zeros(num_rows, np.bool_)  # `sampler.is_chosen_alone`, and no prompt's log-probabilities
+        self.is_adjusted = np.zeros(num_rows, np.bool_)  # `sampler.is_adjusted`
         self._rows: dict[Sequence, int] = {}
         self._blocks: list[list[int]] = [[] for _ in range(num_rows)]  # each row's list, as last seen …
         self._num_blocks = [0] * num_rows  # … and how much of it is in the table
@@ -65,7 +66,8 @@ class SequenceTable:
         self.top_p[row] = params.top_p
         self.min_p[row] = params.min_p
         self.has_filters[row] = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
-        self.is_plain[row] = is_plain(request) and params.prompt_logprobs is None
+        self.is_alone[row] = is_chosen_alone(request) and params.prompt_logprobs is None
+        self.is_adjusted[row] = is_adjusted(request)
         self._num_blocks[row] = 0
         return row
 

@@ -55,6 +55,8 @@ class StepResult(NamedTuple):
     in the prompt; in the first chunk (start 0) preceded by None for token 0."""
     error: TurbolmError | None = None
     """Ends this sequence, and no other."""
+    embedding: bytes | None = None
+    """The prompt's, where its last chunk is done and the request asks for it: as in `Output`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,8 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from turbolm.engine.batch import StepArrays
-from turbolm.engine.graph import DecodeGraphs, Forward
+from turbolm.engine.adjustments import HostAdjustments
+from turbolm.engine.batch import Ints, StepArrays
+from turbolm.engine.graph import DecodeGraphs, Forward, ForwardHidden
+from turbolm.engine.pooling import RowRange, sum_rows
+from turbolm.ops.adjustments import FLOATS, Adjustments
 from turbolm.types import Batch
 
 _NUM_BUFFERS = 4  # pinned buffers in turn: more than steps that may be in flight
@@ -24,6 +27,9 @@ _POLL_SECONDS = 30e-6
 
 #: `DeviceOps.sample`.
 SampleOnDevice = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool], Tensor]
+
+#: `ops.adjustments.adjust`.
+AdjustRows = Callable[[Tensor, Tensor, Adjustments, Tensor], None]
 
 #: Replaces, in place, each id below 0 of the first tensor by the entry -1 - id of the second.
 ResolveTokens = Callable[[Tensor, Tensor], None]
@@ -60,10 +66,16 @@ class StepDevice:
         resolve_tokens: ResolveTokens,
         gather_logits: Callable[[Tensor], Tensor] | None = None,
         rehearsals: Iterable[StepArrays] = (),
+        forward_hidden: ForwardHidden | None = None,
+        adjust: AdjustRows | None = None,
+        counts_shape: tuple[int, int] = (0, 0),
     ) -> None:
         """`gather_logits`: of the ranks' parts of logits makes whole ones, where there are ranks.
-        `rehearsals`: steps to compute before the first real one, as far as there is time."""
+        `rehearsals`: steps to compute before the first real one, as far as there is time. `forward_hidden`: for
+        steps with `pools`; without it there are none. `adjust` makes adjustments, and `counts_shape` is (s, v) of what
+        it counts: without it, the host makes them."""
         self._forward = forward
+        self._forward_hidden = forward_hidden
         self._graphs = graphs
         self._device = device
         self._sample_rows = sample_rows
@@ -72,6 +84,10 @@ class StepDevice:
         self._rehearsals = iter(rehearsals)
         self._buffers = itertools.cycle([_PinnedBuffers(device) for _ in range(_NUM_BUFFERS)])
         self._last_tokens: Tensor | None = None  # int32 [r], of the last step that sampled
+        self._no_tokens = torch.full((1,), -1, dtype=torch.int32, device=device)
+        self._adjust = adjust
+        self._counts_shape = counts_shape
+        self._counts: Tensor | None = None  # int32 [s, v], once there are any
 
     def warm_up(self) -> bool:
         """Prepare a part of what makes steps faster; False: there is nothing left to prepare."""
@@ -85,17 +101,56 @@ class StepDevice:
         return self._graphs is not None and self._graphs.capture_next()
 
     @torch.inference_mode()
-    def compute(self, arrays: StepArrays, draws: Draws | None, gathers: bool) -> Computed:
-        """A step. With `draws` its tokens are chosen; with `gathers` its logits are for the host to choose from."""
+    def compute(
+        self,
+        arrays: StepArrays,
+        draws: Draws | None,
+        gathers: bool,
+        pools: list[RowRange] | None = None,
+        adjustments: HostAdjustments | None = None,
+    ) -> Computed:
+        """A step. With `draws` its tokens are chosen; with `gathers` its logits are for the host to choose from.
+        `pools`: rows whose hidden states are summed (on one rank alone: all have the same). `adjustments` are made
+        before tokens are chosen."""
         buffers = next(self._buffers)
-        logits = self._logits(arrays, buffers)
+        sums = None
+        if pools and self._forward_hidden is not None:
+            batch = self._upload(arrays, buffers)
+            self._resolve(batch.token_ids, arrays)
+            logits, hidden = self._forward_hidden(batch)
+            sums = sum_rows(hidden, pools)
+        else:
+            logits = self._logits(arrays, buffers)
         if gathers and self._gather_logits is not None:
             logits = self._gather_logits(logits)
         tokens = None
         if draws is not None:
+            if adjustments is not None:
+                self._adjust_rows(logits, adjustments, buffers)
             columns = buffers.columns(draws).upload(self._device)
             tokens = self._last_tokens = self._sample_rows(logits, *columns, draws.has_filters)
-        return Computed(logits, tokens, buffers)
+        return Computed(logits, tokens, sums, buffers)
+
+    @property
+    def num_slots(self) -> int:
+        """Sequences whose tokens can be counted; 0: the device makes no adjustments."""
+        return 0 if self._adjust is None else self._counts_shape[0]
+
+    def _adjust_rows(self, logits_rv: Tensor, adjustments: HostAdjustments, buffers: _PinnedBuffers) -> None:
+        assert self._adjust is not None, "num_slots says so"
+        if self._counts is None:
+            self._counts = torch.zeros(self._counts_shape, dtype=torch.int32, device=self._device)
+        for slot in adjustments.cleared:
+            self._counts[slot].zero_()
+        *parts, _ = adjustments
+        flat = [part.view(np.int32) for part in parts]
+        sent = iter(_send(flat, buffers.adjustments(_length(flat)), self._device))
+        fields = {
+            name: (tensor.view(torch.float32) if name in FLOATS else tensor).view(part.shape)
+            for name, part, tensor in zip(Adjustments._fields, parts, sent, strict=True)
+        }
+        previous = self._no_tokens if self._last_tokens is None else self._last_tokens
+        self._adjust(logits_rv[:, : self._counts_shape[1]], self._counts, Adjustments(**fields), previous)
 
     def _logits(self, arrays: StepArrays, buffers: _PinnedBuffers) -> Tensor:
         graphs = self._graphs
@@ -104,7 +159,7 @@ class StepDevice:
             batch = self._upload(arrays, buffers)
             self._resolve(batch.token_ids, arrays)
             return self._forward(batch)
-        size, host = key[1], buffers.ints(graphs.input_length)
+        size, host = key.size, buffers.ints(graphs.input_length)
         length = graphs.fill(arrays, size, host.numpy())
         graphs.inputs(length).copy_(host[:length], non_blocking=True)
         self._resolve(graphs.token_ids(size), arrays)
@@ -112,14 +167,8 @@ class StepDevice:
 
     def _upload(self, arrays: StepArrays, buffers: _PinnedBuffers) -> Batch:
         """The step's inputs, in one copy."""
-        parts = arrays[:7]
-        offsets = [0, *itertools.accumulate(-(-array.size // 4) * 4 for array in parts)]
-        host = buffers.ints(offsets[-1])
-        flat = host.numpy()
-        for array, offset in zip(parts, offsets, strict=False):
-            flat[offset : offset + array.size] = array.reshape(-1)
-        device = host[: offsets[-1]].to(self._device, non_blocking=True)
-        views = iter([device[o : o + a.size].view(a.shape) for a, o in zip(parts, offsets, strict=False)])
+        parts = [*arrays[:7], *(() if arrays.adapters is None else (arrays.adapters,))]
+        views = iter(_send(parts, buffers.ints(_length(parts)), self._device))
         return arrays.batch(lambda _: next(views))
 
     def _resolve(self, token_ids: Tensor, arrays: StepArrays) -> None:
@@ -127,23 +176,42 @@ class StepDevice:
             self._resolve_tokens(token_ids, self._last_tokens)
 
 
+def _length(parts: Sequence[Ints]) -> int:
+    """Elements that `_send` lays out: each part begins at a multiple of 16 bytes, as kernels are compiled for."""
+    return sum(-(-part.size // 4) * 4 for part in parts)
+
+
+def _send(parts: Sequence[Ints], host: Tensor, device: torch.device) -> list[Tensor]:
+    """The parts on the device, in one copy through `host`, which has room for `_length`."""
+    offsets = [0, *itertools.accumulate(-(-part.size // 4) * 4 for part in parts)]
+    flat = host.numpy()
+    for part, offset in zip(parts, offsets, strict=False):
+        flat[offset : offset + part.size] = part.reshape(-1)
+    sent = host[: offsets[-1]].to(device, non_blocking=True)
+    return [sent[offset : offset + part.size].view(part.shape) for part, offset in zip(parts, offsets, strict=False)]
+
+
 class Computed:
     """A step that the device is computing."""
 
-    def __init__(self, logits_rv: Tensor, tokens_r: Tensor | None, buffers: _PinnedBuffers) -> None:
+    def __init__(
+        self, logits_rv: Tensor, tokens_r: Tensor | None, sums_eh: Tensor | None, buffers: _PinnedBuffers
+    ) -> None:
         self.logits = logits_rv  # valid until the next step
+        self.sums = sums_eh  # of pooled rows
         self._tokens = tokens_r
         self._buffers = buffers
 
     def download(self) -> Download:
-        """The tokens, on their way to the host."""
-        return self._buffers.download(self._tokens)
+        """The tokens and sums, on their way to the host."""
+        return self._buffers.download(self._tokens, self.sums)
 
 
 class Download:
-    """Tokens on their way to the host."""
+    """Tokens, and sums of pooled rows, on their way to the host."""
 
-    def __init__(self, host: Tensor, done: torch.cuda.Event | None) -> None:
+    def __init__(self, host: Tensor, sums: Tensor | None, done: torch.cuda.Event | None) -> None:
+        self.sums = sums  # [e, h], to be read after `wait`
         self._host = host
         self._done = done
 
@@ -194,6 +262,7 @@ class _PinnedBuffers:
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._ints = torch.empty(0, dtype=torch.int32)
+        self._adjustments = torch.empty(0, dtype=torch.int32)
         self._bytes = torch.empty(0, dtype=torch.uint8)
         self._tokens = torch.empty(0, dtype=torch.int32)
 
@@ -201,21 +270,29 @@ class _PinnedBuffers:
         self._ints = self._at_least(self._ints, size)
         return self._ints
 
+    def adjustments(self, size: int) -> Tensor:
+        self._adjustments = self._at_least(self._adjustments, size)
+        return self._adjustments
+
     def columns(self, draws: Draws) -> _Columns:
         self._bytes = self._at_least(self._bytes, _Columns.size(len(draws.uniform)))
         return _Columns(self._bytes, draws)
 
-    def download(self, tokens_r: Tensor | None) -> Download:
+    def download(self, tokens_r: Tensor | None, sums_eh: Tensor | None) -> Download:
         count = 0 if tokens_r is None else tokens_r.shape[0]
         self._tokens = self._at_least(self._tokens, count)
         host = self._tokens[:count]
         if tokens_r is not None:
             host.copy_(tokens_r, non_blocking=True)
         if not self._on_gpu:
-            return Download(host, None)
+            return Download(host, sums_eh, None)
+        sums = None
+        if sums_eh is not None:
+            sums = torch.empty(sums_eh.shape, dtype=sums_eh.dtype, pin_memory=True)
+            sums.copy_(sums_eh, non_blocking=True)
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
-        return Download(host, done)
+        return Download(host, sums, done)
 
     def _at_least(self, buffer: Tensor, size: int) -> Tensor:
         if buffer.numel() >= size:

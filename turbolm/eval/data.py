@@ -13,8 +13,12 @@ from turbolm.errors import ConfigError, UserError, nearest
 from turbolm.eval.checks import Check, DataError, read_check
 
 _EXAMPLES = Path(__file__).with_name("examples")
-#: Names that stand for questions shipped with turbolm; all but the first need further packages.
-EXAMPLES = {"examples": _EXAMPLES / "examples.jsonl", "examples/similarity": _EXAMPLES / "similarity.jsonl"}
+#: Names that stand for questions shipped with turbolm; "examples/similarity" needs further packages.
+EXAMPLES = {
+    "examples": _EXAMPLES / "examples.jsonl",
+    "examples/tasks": _EXAMPLES / "tasks.jsonl",
+    "examples/similarity": _EXAMPLES / "similarity.jsonl",
+}
 _ROLES = ("system", "user", "assistant", "tool", "developer")
 _FIELDS = (
     *("id", "messages", "prompt", "text", "reference", "choices", "check", "schema"),

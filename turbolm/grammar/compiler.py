@@ -10,10 +10,10 @@ from concurrent.futures import Future
 from typing import Any
 
 from turbolm.errors import ConfigError, RequestError
+from turbolm.form import Grammar
 from turbolm.grammar.lark import literal
 from turbolm.grammar.state import GrammarState
 from turbolm.text import Tokenizer
-from turbolm.types import Grammar
 
 MAX_CACHED = 128  # compiled grammars
 _STACK_BYTES = 1 << 29  # of address space: rules that lead to rules are followed by recursion

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from turbolm.errors import RequestError
+from turbolm.form import Grammar
 from turbolm.grammar.compiler import JSON_SPACE
 from turbolm.grammar.lark import literal
 from turbolm.text import Tokenizer
-from turbolm.types import Grammar
 
 _NAME = re.compile(r"[\w.\-/:]+")
 _EMPTY = '""'

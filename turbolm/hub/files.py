@@ -59,6 +59,9 @@ def choose(listing: Sequence[str], wanted: str | None, where: str) -> Selection:
     raise ModelNotFoundError(f"{where} holds no model: neither config.json with .safetensors files nor a .gguf file.")
 
 
+CONVERTED = "turbolm.json"  # in a folder that `turbolm convert` wrote, whose weights lie in folders of their own
+
+
 def local_model(path: Path, wanted: str | None = None) -> Path:
     """The model at an existing path: a folder, or the first .gguf file. Checks that all parts are there.
 
@@ -71,6 +74,8 @@ def local_model(path: Path, wanted: str | None = None) -> Path:
             )
         names = [entry.name for entry in path.parent.iterdir()] if _SPLIT.fullmatch(path.name) else [path.name]
         return path.parent / choose(names, path.name, f"'{path.parent}'").main
+    if wanted is None and (path / CONVERTED).is_file():
+        return path
     listing = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()) if wanted else None
     if listing is None:
         listing = sorted(entry.name for entry in path.iterdir() if entry.is_file())
@@ -133,6 +138,7 @@ def _safetensors_folders(listing: Sequence[str]) -> dict[str, Selection]:
         folder = posixpath.dirname(config)
         files = [name for name in listing if posixpath.dirname(name) == folder and name.endswith(_COMPANIONS)]
         weights = [name for name in files if name.endswith(".safetensors")]
+        files += [name for name in listing if name in _pooling_configs(folder)]
         # Some repositories hold the same weights twice, once in their makers' own layout.
         copies = {name for name in weights if posixpath.basename(name).startswith("consolidated")}
         if set(weights) - copies:
@@ -140,6 +146,11 @@ def _safetensors_folders(listing: Sequence[str]) -> dict[str, Selection]:
         if weights:
             folders[folder] = Selection(folder, tuple(files))
     return folders
+
+
+def _pooling_configs(folder: str) -> tuple[str, ...]:
+    """Where sentence-transformers says how a model's hidden states become a text's embedding."""
+    return tuple(posixpath.join(folder, f"{number}_Pooling", "config.json") for number in (1, 2))
 
 
 def _names(names: Sequence[str], most: int = 12) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,13 @@ def fetch_huggingface(name: RepositoryName, *, progress: bool, offline: bool, re
         return _download(name, record_path, progress)
     except _UnreachableError:
         return _cached(name)  # another program may have fetched it
+
+
+def fetch_files(name: RepositoryName, files: Sequence[str]) -> Path:
+    """The folder with those of these files that a repository has; what is here already without the network, if there
+    is none. Raises DownloadError, ModelNotFoundError."""
+    with _errors(name):
+        return Path(library.snapshot_download(name.repository, revision=name.revision, allow_patterns=list(files)))
 
 
 class _UnreachableError(DownloadError):

@@ -11,21 +11,22 @@ from contextlib import aclosing
 from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol
 
-from turbolm import __version__
-from turbolm.config import EngineConfig, choose_backend
+from turbolm import __version__ as turbolm_version
+from turbolm.config import EngineConfig, choose_backend, parse_part
 from turbolm.errors import CapacityError, ConfigError, UserError
 from turbolm.eval.answer import Answer
 from turbolm.eval.config import ExamConfig
 from turbolm.eval.data import Item, Problem, report_problems
 from turbolm.eval.examination import ExamOptions, Question, Reference, examine, prepare
 from turbolm.hub import fetch
-from turbolm.ladder.config import LadderConfig, Preference, parse_part, parse_time
+from turbolm.ladder.config import LadderConfig, Preference, parse_time
 from turbolm.ladder.cost import Cost, default_streams, measure
 from turbolm.ladder.fingerprint import content_hash, model_fingerprint
 from turbolm.ladder.outcome import Outcome, judge, mean_score
-from turbolm.ladder.rungs import Rung
+from turbolm.ladder.rungs import AUTO, Rung
+from turbolm.ladder.sensitivity import Find, Sensitivity, find_layers
 from turbolm.ladder.store import Store
-from turbolm.ladder.subject import Subject, checkpoint_of
+from turbolm.ladder.subject import Subject, calibration_file, checkpoint_of
 from turbolm.llm import AsyncLLM
 from turbolm.ops.hardware import probe
 
@@ -55,6 +56,7 @@ class Step:
     fingerprint: str = ""  # of that model
     answers: Mapping[str, Answer] = field(default_factory=dict)  # by item key
     cost: Cost | None = None
+    layers: Sensitivity | None = None  # where the layers that keep 16 bits were to be found
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +80,12 @@ class _Attempt:
     fingerprint: str
     engine: EngineConfig
     key: str  # of its answers in the store
+    layers: Sensitivity | None
 
 
 class Climber:
-    """One run over `items`, the user's and the probes. `held_out` calibrates. `load` and `measure` make models and
-    measure their costs: for tests."""
+    """One run over `items`, the user's and the probes. `held_out` calibrates. `load`, `measure` and `find`
+    make models, measure their costs and choose layers: for tests."""
 
     def __init__(
         self,
@@ -97,6 +100,7 @@ class Climber:
         *,
         load: Load = AsyncLLM,
         measure: Measure = measure,
+        find: Find = find_layers,
     ) -> None:
         self.subject = subject
         self.items = in_order(items, exam.seed)
@@ -113,6 +117,7 @@ class Climber:
         self.exam = ExamOptions(exam.max_tokens, exam.judge())
         self._load = load
         self._measure = measure
+        self._find = find
         self._seconds = 0.0
         self._base: _Attempt | None = None
 
@@ -150,17 +155,20 @@ class Climber:
         outcome = self._judge_base(answers)
         if before:
             outcome = judge(self.items, before[0].answers, answers, self.max_drop, self.config.metric)
-        self.watch.say(f"{rung.title}: {outcome.status}. {outcome.reason}".rstrip(". "))
-        return Step(rung, outcome, attempt.model, attempt.fingerprint, answers, cost)
+        self.watch.say(f"{attempt.rung.title}: {outcome.status}. {outcome.reason}".rstrip(". "))
+        return Step(attempt.rung, outcome, attempt.model, attempt.fingerprint, answers, cost, attempt.layers)
 
     def _attempt(self, rung: Rung) -> _Attempt:
         model = checkpoint_of(self.subject, rung, self.held_out, self.watch.say)
         changed = model != self.subject.name
         fingerprint = model_fingerprint(fetch(model).path) if changed else self.subject.fingerprint
+        layers = self._layers(rung, model, fingerprint) if rung.skip == AUTO else None
+        if layers is not None:
+            rung = replace(rung, skip=layers.skip)
         engine = EngineConfig.of(self.engine, **rung.engine_options)
         key = content_hash(
             {
-                "turbolm": __version__,
+                "turbolm": turbolm_version,
                 "model": fingerprint,
                 "engine": asdict(engine),
                 "max_tokens": self.exam.max_tokens,
@@ -168,10 +176,22 @@ class Climber:
                 "base": self._base.key if self._base else None,
             }
         )
-        attempt = _Attempt(rung, model, fingerprint, engine, key)
+        attempt = _Attempt(rung, model, fingerprint, engine, key, layers)
         if rung.is_base:
             self._base = attempt
         return attempt
+
+    def _layers(self, rung: Rung, model: str, fingerprint: str) -> Sensitivity:
+        """Those that keep 16 bits, found once."""
+        data = calibration_file(self.held_out)
+        engine = replace(self.engine, kv=rung.kv)
+        key = content_hash([turbolm_version, fingerprint, asdict(engine), self.max_drop, str(data)])
+        known = self.store.fact(key, "layers")
+        if known is None:
+            self.watch.say(f"{rung.title}: measuring what each layer's KV cache in {rung.kv} changes")
+            known = asdict(self._find(model, engine, self.max_drop, str(data or "")))
+            self.store.set_fact(key, "layers", known)
+        return Sensitivity(**{**known, "divergences": tuple(known["divergences"]), "skipped": tuple(known["skipped"])})
 
     def _results(
         self, attempt: _Attempt, base: Mapping[str, Answer] | None, num_left: int
@@ -215,6 +235,9 @@ class Climber:
         started = time.monotonic()
         async with self._load(attempt.model, attempt.engine) as llm:
             load_seconds = time.monotonic() - started
+            if llm.config.kernels == "reference" and attempt.engine.kernels == "auto":
+                reasons = "; ".join(llm.config.reasons)
+                self.watch.say(f"{attempt.rung.title}: in plain PyTorch, which is slow: {reasons}")
             self._check_tokenizer(llm)
             questions, problems = prepare(llm, missing, self.exam)
             if base is None:

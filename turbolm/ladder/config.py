@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from turbolm.config import parse_size
+from turbolm.config import parse_part, parse_size
 from turbolm.errors import ConfigError
 
 Metric = Literal["auto", "score", "agreement"]
@@ -56,15 +56,6 @@ class LadderConfig:
             parse_time(self.budget, "budget")
         if self.memory:
             parse_size(self.memory, "memory")
-
-
-def parse_part(text: str, name: str) -> float:
-    """`"1%"` or `"0.01"` → 0.01."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*(%?)", str(text).strip())
-    value = float(match[1]) / (100 if match[2] else 1) if match else -1.0
-    if not 0 <= value <= 1:
-        raise ConfigError(f"{name} is {text!r}; give a part from 0% to 100%, such as 1% or 0.01")
-    return value
 
 
 def parse_time(text: str, name: str) -> float:

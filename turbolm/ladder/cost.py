@@ -31,6 +31,7 @@ class Cost:
     first_token_seconds: float  # after a prompt of 512 tokens
     tokens_per_second: float  # one answer at a time
     tokens_per_second_load: float  # `streams` at once, together
+    engine: str = ""  # device, kernels and dtype that it ran with
 
     def kv_tokens(self, memory: int) -> int:
         """Tokens of KV cache that fit into so many bytes beside the weights."""
@@ -71,6 +72,7 @@ async def measure(llm: AsyncLLM, prompts: Sequence[Sequence[int]], streams: int,
         first_token_seconds=statistics.median(firsts),
         tokens_per_second=statistics.median(alone),
         tokens_per_second_load=statistics.median(loads),
+        engine=f"{config.device}, {config.kernels} kernels, {config.dtype}",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
@@ -21,6 +21,7 @@ _WIDTH = 350  # of the flow: a phone's
 _BOX_WIDTH, _BOX_HEIGHT, _GAP = 250, 58, 40
 _TOP = 8
 _EDGE = 14  # of a plot: where marks lie that would be beyond it
+_NEAR = 12  # marks closer than this would cover each other
 _REACH = 10  # times the allowed drop: how far a plot reaches from the base's quality
 
 
@@ -134,24 +135,71 @@ def scatter(points: Sequence[Point], x_title: str, limit: float, format_x: str =
         parts.append(f'<text class="tick middle" x="{at_x(tick)}" y="{bottom + 16}">{format_x.format(tick)}</text>')
     parts.append(f'<path class="limit" d="M{left} {at_y(limit)}H{right}"/>')
     parts.append(f'<text class="tick middle" x="{(left + right) / 2:g}" y="{height - 8}">{escape(x_title)}</text>')
+    drawn: list[tuple[float, float, Point]] = []
     for point in points:
         is_inside = low <= point.y <= high
         y = at_y(point.y) if is_inside else min(max(at_y(point.y), top + _EDGE), bottom - _EDGE)
-        parts += _mark(point, at_x(point.x), y, at_y(point.low), at_y(point.high), is_inside)
+        near = next((n for n, (a, b, _) in enumerate(drawn) if math.hypot(at_x(point.x) - a, y - b) < _NEAR), None)
+        if near is None:
+            drawn.append((at_x(point.x), y, point))
+        else:  # it would cover the other: one mark for both
+            drawn[near] = (*drawn[near][:2], _joined(drawn[near][2], point))
+    for x, y, point in drawn:
+        parts += _mark(point, x, y, at_y(point.low), at_y(point.high), low <= point.y <= high)
     label = f"quality over {escape(x_title)}"
     return f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
+def _joined(first: Point, second: Point) -> Point:
+    """One mark for two; its colour is that of the worse."""
+    kind = max(first.kind, second.kind, key=("good", "off", "open", "bad").index)
+    return replace(
+        first,
+        label=f"{first.label},{second.label}",
+        title=f"{first.title}; {second.title}",
+        kind=kind,
+        low=min(first.low, second.low),
+        high=max(first.high, second.high),
+    )
+
+
 def _mark(point: Point, x: float, y: float, low: float, high: float, is_inside: bool) -> list[str]:
     title = f"<title>{escape(point.title)}: {point.y:.2%}</title>"
+    half = 9 + 5 * point.label.count(",")
     parts = [
         f'<path class="interval {point.kind}" d="M{x} {low}V{high}"/>',
-        f'<circle class="dot {point.kind}" cx="{x}" cy="{y}" r="9">{title}</circle>',
+        f'<rect class="dot {point.kind}" x="{x - half:g}" y="{y - 9:g}" width="{2 * half}" height="18" rx="9">'
+        f"{title}</rect>",
         f'<text class="number small" x="{x}" y="{y + 3.5:g}">{escape(point.label)}</text>',
     ]
     if not is_inside:
-        parts.append(f'<text class="tick end" x="{x - 13:g}" y="{y + 4:g}">{point.y:.0%}</text>')
+        parts.append(f'<text class="tick end" x="{x - half - 4:g}" y="{y + 4:g}">{point.y:.0%}</text>')
     return parts
+
+
+def bars(values: Sequence[float], marked: Sequence[int], title: str) -> str:
+    """A bar for each of the layers; the marked ones stand out. The highest has its value above it."""
+    width, height = 350, 150
+    left, right, top, bottom = 14, width - 14, 26, height - 38
+    highest = max(*values, 1e-12)
+    step = (right - left) / len(values)
+    parts = [f'<path class="axis" d="M{left} {bottom}H{right}"/>']
+    for number, value in enumerate(values):
+        x, size = left + step * number, max(1.0, (bottom - top) * value / highest)
+        kind = "kept" if number in marked else "rest"
+        parts.append(
+            f'<rect class="bar {kind}" x="{x + 0.12 * step:.1f}" y="{bottom - size:.1f}" width="{0.76 * step:.1f}" '
+            f'height="{size:.1f}"><title>layer {number}: {value:.4f}</title></rect>'
+        )
+        if number % max(1, -(-len(values) // 8)) == 0:
+            parts.append(f'<text class="tick middle" x="{x + step / 2:.1f}" y="{bottom + 15}">{number}</text>')
+    place = min(max(left + step * (values.index(max(values)) + 0.5), left + 20), right - 20)
+    parts.append(f'<text class="tick middle" x="{place:.1f}" y="{top - 8}">{max(values):.4f}</text>')
+    parts.append(f'<text class="tick middle" x="{(left + right) / 2:g}" y="{height - 6}">{escape(title)}</text>')
+    return (
+        f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">'
+        f"{''.join(parts)}</svg>"
+    )
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:

@@ -9,12 +9,11 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from turbolm.config import format_size
+from turbolm.config import format_size, parse_part
 from turbolm.errors import ConfigError
 from turbolm.ladder.climb import MEMORY_CONTEXT
-from turbolm.ladder.config import parse_part
 from turbolm.ladder.difference import differences
-from turbolm.ladder.drawing import Point, flow, kind_of, scatter
+from turbolm.ladder.drawing import Point, bars, flow, kind_of, scatter
 from turbolm.ladder.table import shortcomings
 
 _TEMPLATE = Path(__file__).with_name("page.html")
@@ -45,6 +44,7 @@ def render(report: Mapping[str, Any]) -> str:
         flow=Markup(flow(rungs, report["recommended"])),
         plots=[Markup(plot) for plot in quality],
         groups=_groups(rungs),
+        layers=lambda found: Markup(bars(found["divergences"], found["skipped"], "layer")),
         differences=differences,
     )
 

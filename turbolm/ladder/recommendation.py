@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,16 @@ from turbolm.errors import ConfigError
 FORMAT = "turbolm ladder 1"  # of report.json
 
 
-def read_recommendation(path: Path) -> tuple[str, dict[str, Any]]:
-    """The model and the engine options that a report.json recommends. ConfigError where it is none, or recommends
-    nothing."""
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    model: str
+    options: dict[str, Any]  # fields of EngineConfig
+    base: str  # the model that it was compared with
+    agreement: float | None  # part of the base's tokens that it finds likeliest; None: it is the base
+
+
+def read_recommendation(path: Path) -> Recommendation:
+    """What a report.json recommends. ConfigError where it is none, or recommends nothing."""
     try:
         report = json.loads(path.expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -29,4 +38,13 @@ def read_recommendation(path: Path) -> tuple[str, dict[str, Any]]:
         or not isinstance(serve.get("options"), dict)
     ):
         raise ConfigError(f"{path} is damaged: its 'serve' has no model and options; run turbolm ladder again")
-    return serve["model"], serve["options"]
+    return Recommendation(serve["model"], serve["options"], *_beside_the_base(report))
+
+
+def _beside_the_base(report: Mapping[str, Any]) -> tuple[str, float | None]:
+    try:
+        chosen = next(rung for rung in report["rungs"] if rung["name"] == report["recommended"])
+        agreement = chosen["agreement"] and chosen["agreement"]["top1"]
+        return str(report["model"]["name"]), None if agreement is None else float(agreement)
+    except (LookupError, StopIteration, TypeError, ValueError):
+        raise ConfigError("the report is damaged: its rungs can't be read; run turbolm ladder again") from None

@@ -106,6 +106,7 @@ def _rung(step: Step, base: Step, items: Sequence[Item], memory: int) -> dict[st
         "reason": outcome.reason,
         "model": step.model,
         "fingerprint": step.fingerprint,
+        "layers": asdict(step.layers) if step.layers else None,
         "metric": outcome.metric,
         "decision": asdict(outcome.decision) if outcome.decision else None,
         "probes": asdict(outcome.probes) if outcome.probes else None,

@@ -11,6 +11,7 @@ ROUNDED = ("int4", "int8", "fp8")  # weights that are rounded while the model is
 CALIBRATED = ("awq", "gptq")  # weights that are made from calibration data first
 _GROUP_SIZES = ("32", "64", "128")
 _PARTS = ("weights", "kv", "skip", "model")
+AUTO = "auto"  # of `Rung.skip`
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class Rung:
     kv: str = ""
     """As `EngineConfig.kv`."""
     skip: str = ""
-    """Layers that keep their KV cache in 16 bits, as `EngineConfig.kv_skip_layers`."""
+    """Layers that keep their KV cache in 16 bits, as `EngineConfig.kv_skip_layers`; "auto": they are to be found."""
     model: str = ""
     """Another checkpoint in place of the base's."""
 
@@ -41,8 +42,17 @@ class Rung:
                 f"{method.upper() if method in CALIBRATED else method} weights{f', groups of {group}' if group else ''}"
             )
         if self.kv:
-            words.append(f"KV {self.kv}" + (f", layers {self.skip} in 16 bits" if self.skip else ""))
+            words.append(f"KV {self.kv}{self._exceptions}")
         return " + ".join(words) or "base"
+
+    @property
+    def _exceptions(self) -> str:
+        if not self.skip:
+            return ""
+        count = self.skip.count(",") + 1
+        if self.skip == AUTO:
+            return " but for some layers"
+        return f" but for layer {self.skip}" if count == 1 else f" but for {count} layers"
 
     @property
     def is_base(self) -> bool:
@@ -67,7 +77,9 @@ class Rung:
 
     def includes(self, other: Rung) -> bool:
         """Whether all that `other` changes is changed here, too."""
-        return not other.is_base and all(getattr(other, part) in ("", getattr(self, part)) for part in _PARTS)
+        if other.is_base or (other.kv and self.skip not in ("", other.skip)):
+            return False  # layers that keep 16 bits here, and perhaps not there
+        return all(getattr(other, part) in ("", getattr(self, part)) for part in ("weights", "kv", "model"))
 
 
 def parse_rung(text: str) -> Rung:
@@ -81,7 +93,7 @@ def parse_rung(text: str) -> Rung:
         if name not in _PARTS or not equals or name in found:
             raise ConfigError(
                 f"can't read the rung '{text}'.{nearest(name, _PARTS)} Rungs are base, or changes joined by '+': "
-                "kv=int8, weights=awq, weights=awq:64+kv=int8, kv=int4+skip=0,-1, model=./folder"
+                "kv=int8, weights=awq, weights=awq:64+kv=int8, kv=int4+skip=0,-1, kv=int4+skip=auto, model=./folder"
             )
         value, _, rest = (value, "", "") if name == "model" else value.partition("+")
         found[name] = value

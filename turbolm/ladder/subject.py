@@ -57,24 +57,29 @@ def checkpoint_of(subject: Subject, rung: Rung, held_out: Sequence[Item], say: S
     of quantizing."""
     if not rung.method:
         return rung.model or subject.name
-    lines = [
-        {key: item.fields[key] for key in ("messages", "prompt", "text") if key in item.fields} for item in held_out
-    ]
-    key = content_hash([subject.fingerprint, rung.weights, [json.dumps(line) for line in lines]])[:16]
+    data = calibration_file(held_out)
+    key = content_hash([subject.fingerprint, rung.weights, data.stem if data else ""])[:16]
     folder = env.cache_folder() / "ladder" / f"{rung.weights.replace(':', '-')}-{key}"
     if (folder / "config.json").is_file():
         return str(folder)
-    data = ""
-    if lines:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        path = Path(f"{folder}.jsonl")
-        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-        data = str(path)
-    say(f"making {rung.title}: calibrating with {f'{len(lines)} of your items' if lines else 'a shipped text'}")
+    say(f"making {rung.title}: calibrating with {f'{len(held_out)} of your items' if held_out else 'a shipped text'}")
 
     def progress(done: int, total: int) -> None:
         if done and done % max(1, total // 4) == 0:
             say(f"making {rung.title}: {done} of {total} layers")
 
-    quantize(subject.name, folder, rung.method, data=data, group_size=rung.group_size, progress=progress)
+    quantize(subject.name, folder, rung.method, data=str(data or ""), group_size=rung.group_size, progress=progress)
     return str(folder)
+
+
+def calibration_file(held_out: Sequence[Item]) -> Path | None:
+    """The items as a file that calibrates, named by its content; None: there are none."""
+    if not held_out:
+        return None
+    names = ("messages", "prompt", "text")
+    rows = [{name: item.fields[name] for name in names if name in item.fields} for item in held_out]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path = env.cache_folder() / "ladder" / f"data-{content_hash([text])[:16]}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path

@@ -35,6 +35,6 @@ class Attention:
         self.eps = eps
 
     def __call__(self, x_th: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
-        qkv = self.qkv(x_th)
+        qkv = self.qkv(x_th, batch)
         qkv = self.ops.rotary_store(qkv, batch, cache, self.spec, self.rope, self.q_norm, self.k_norm, self.eps)
-        return self.output(self.ops.attention(qkv, batch, cache, self.spec))
+        return self.output(self.ops.attention(qkv, batch, cache, self.spec), batch)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from turbolm.layers.linear import Linear
 from turbolm.ops import Activation, Ops
+from turbolm.types import Batch
 
 
 class GatedMlp:
@@ -17,5 +18,5 @@ class GatedMlp:
         self.down = down
         self.activation = activation
 
-    def __call__(self, x_th: Tensor) -> Tensor:
-        return self.down(self.ops.activate_multiply(self.gate_up(x_th), self.activation))
+    def __call__(self, x_th: Tensor, batch: Batch) -> Tensor:
+        return self.down(self.ops.activate_multiply(self.gate_up(x_th, batch), self.activation), batch)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turbolm.errors import CheckpointError, ModelNotFoundError, UserError
+from turbolm.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError, UserError
+from turbolm.models.converted import Manifest, rank_folder, read_manifest
 from turbolm.models.gguf import GGUFFile
 from turbolm.models.gguf_config import gguf_config, gguf_generation_config
 from turbolm.models.gguf_source import GGUFSource
@@ -30,11 +31,21 @@ class Checkpoint:
     source: WeightSource
     gguf: GGUFFile | None  # the file where it is one: its metadata have the tokenizer
     packing: Packing | None = None  # of quantized matrices, where they are not GGUF's
+    manifest: Manifest | None = None  # of a model that was converted; `source` is its first rank's
 
     @property
     def total_weight_bytes(self) -> int:
         """All tensors as they are stored."""
         return sum(info.num_bytes for info in self.source.tensors.values())
+
+
+def refuse_converted(checkpoint: Checkpoint) -> None:
+    """Raises UnsupportedModelError for a model that `turbolm convert` wrote: its matrices are a backend's."""
+    if checkpoint.manifest is not None:
+        raise UnsupportedModelError(
+            f"{checkpoint.path} was converted to the layout of turbolm's kernels: give the model that it was made of "
+            f"({checkpoint.manifest.source})"
+        )
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -72,6 +83,10 @@ def _open_folder(path: Path) -> Checkpoint:
     config = _read_json(path / "config.json")
     generation_path = path / "generation_config.json"
     generation_config = _read_json(generation_path) if generation_path.is_file() else {}
+    manifest = read_manifest(path)
+    if manifest is not None:
+        source = SafetensorsSource(rank_folder(path, 0))
+        return Checkpoint(path, config, generation_config, source, None, manifest=manifest)
     return Checkpoint(path, config, generation_config, SafetensorsSource(path), None, _read_packing(path, config))
 
 

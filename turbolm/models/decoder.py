@@ -31,7 +31,7 @@ class DecoderLayer:
 
 
 class Decoder:
-    """A loaded model. `forward` calls nothing but ops on activations, so that a backend may record it."""
+    """A loaded model. A step calls nothing but ops on activations, so that a backend may record it."""
 
     def __init__(
         self,
@@ -52,6 +52,10 @@ class Decoder:
     def forward(self, batch: Batch, caches: Sequence[LayerCache]) -> Tensor:
         """One step: stores the new tokens' keys and values in `caches` (one per layer) and returns
         float32 logits [r, v] of the rows `batch.logit_rows`."""
+        return self.logits(self.hidden_states(batch, caches), batch)
+
+    def hidden_states(self, batch: Batch, caches: Sequence[LayerCache]) -> Tensor:
+        """The step as far as the final norm → [t, h]."""
         ops, eps = self.ops, self.spec.norm_eps
         residual = ops.embedding(batch.token_ids, self.embedding, self.spec.embedding_scale)
         x = ops.rms_norm(residual, self.layers[0].attention_norm, eps)
@@ -59,15 +63,24 @@ class Decoder:
         for layer, cache, next_norm in zip(self.layers, caches, next_norms, strict=True):
             x = layer.attention(x, batch, cache)
             x, residual = ops.add_rms_norm(x, residual, layer.mlp_norm, eps)
-            x = layer.mlp(x)
+            x = layer.mlp(x, batch)
             x, residual = ops.add_rms_norm(x, residual, next_norm, eps)
-        return ops.logits(x, batch, self.head, self.spec.logit_softcap)
+        return x
+
+    def logits(self, x_th: Tensor, batch: Batch) -> Tensor:
+        """float32 [r, v] of the rows `batch.logit_rows` of the hidden states."""
+        return self.ops.logits(x_th, batch, self.head, self.spec.logit_softcap)
 
 
 def kv_layers(spec: DecoderSpec) -> tuple[KvShape, ...]:
     """What each layer keeps per token."""
     attentions = (layer.attention for layer in spec.layers)
     return tuple(KvShape(a.num_kv_heads, a.head_dim, a.v_head_dim) for a in attentions)
+
+
+def vocabulary_names(spec: DecoderSpec) -> frozenset[str]:
+    """The modules of embedding and head."""
+    return frozenset(name for name in (spec.embedding, spec.head) if name is not None)
 
 
 def cache_spec(spec: DecoderSpec, kv: KvFormat) -> CacheSpec:

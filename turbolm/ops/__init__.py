@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from turbolm.kv import KvKind
+    from turbolm.ops.adjustments import Adjustments
     from turbolm.types import Batch
     from turbolm.weights import Weight
 
@@ -71,6 +72,7 @@ class LayerCache:
     int8, int4: value = code * scale + minimum, where of a head's dims, scale = float16((max - min) / 255 or 15),
     minimum = float16(min), code = round((x - minimum) / scale), half to even, in 0 … 255 or 15; 0 if scale is 0.
     int4: a byte's low nibble is dimension d, its high nibble dimension d + dim / 2. fp8: saturated to ±448.
+    With `k_range`, `v_range` scale and minimum are a head's for all tokens, found by calibration, instead.
     """
 
     k: Tensor  # head_dim floats, or uint8 codes (int4: head_dim / 2 bytes), or float8_e4m3fn
@@ -79,6 +81,8 @@ class LayerCache:
     v_scales: Tensor | None = None
     kind_k: KvKind = ""  # type: ignore[assignment]  # if not given, as the dtype says
     kind_v: KvKind = ""  # type: ignore[assignment]
+    k_range: Tensor | None = None  # float16 [num_kv_heads, 2]: scale, minimum; int8 and int4 alone
+    v_range: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, pool in (("kind_k", self.k), ("kind_v", self.v)):
@@ -89,6 +93,23 @@ class LayerCache:
     @property
     def block_size(self) -> int:
         return int(self.k.shape[2])
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterWeights:
+    """Of one matrix [n, k] the low-rank additions of as many adapters as there are places. Its rows may be p matrices
+    one after the other (q, k and v, say), each with an addition of its own, of rank r at most:
+    adapter i adds b_i[:, part].T @ (a_i[part] @ x) to the rows of each part."""
+
+    a: Tensor  # [places, p * r, k], in the dtype of activations
+    b: Tensor  # [places, r, n], scaled
+    ranks: Tensor  # int32 [places]: rows of each part of `a` that aren't padding; 0: nothing is added
+    ends: tuple[int, ...]  # the row of the matrix at which each part ends
+
+    @property
+    def max_rank(self) -> int:
+        """r."""
+        return int(self.b.shape[1])
 
 
 class PreparedLinear(Protocol):
@@ -116,6 +137,10 @@ class Ops(Protocol):
 
     def linear(self, x_tk: Tensor, weight: PreparedLinear) -> Tensor:
         """x @ weight.T + bias → [t, n]."""
+
+    def add_adapters(self, y_tn: Tensor, x_tk: Tensor, adapters: AdapterWeights, places_t: Tensor) -> Tensor:
+        """To each row of y, which is what `linear` made of x, what its adapter adds → [t, n]; may change y.
+        places_t: int32, the place of each row's adapter; -1: none."""
 
     def prepare_embedding(self, weight: Weight) -> PreparedLinear:
         """Lay out a [vocabulary, h] table for `embedding` (and, tied, for `logits`)."""
@@ -178,6 +203,9 @@ class DeviceOps(Ops, Protocol):
     ) -> Tensor:
         """int32 [r] token ids, as `ops.sampling.sample` chooses them. `has_filters`: some row has top-k, top-p
         or min-p."""
+
+    def adjust(self, logits_rv: Tensor, counts_sv: Tensor, adjustments: Adjustments, previous_r: Tensor) -> None:
+        """See `ops.adjustments.adjust`."""
 
     def resolve_tokens(self, token_ids_t: Tensor, previous_r: Tensor) -> None:
         """Replace, in place, each id below 0 by the entry -1 - id of what an earlier step sampled (by 0

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from turbolm.kv import LEVELS
-from turbolm.ops import Activation, AttentionSpec, LayerCache, RopeTable
+from turbolm.ops import Activation, AdapterWeights, AttentionSpec, LayerCache, RopeTable
 
 if TYPE_CHECKING:
     from turbolm.kv import KvKind
@@ -78,6 +78,18 @@ class ReferenceOps:
         assert isinstance(weight, ReferenceLinear)
         return F.linear(x_tk, weight.matrix(self.dtype), weight.bias)
 
+    def add_adapters(self, y_tn: Tensor, x_tk: Tensor, adapters: AdapterWeights, places_t: Tensor) -> Tensor:
+        rank = adapters.max_rank
+        for place in set(places_t.tolist()):
+            if place < 0 or not adapters.ranks[place]:
+                continue
+            rows = (places_t == place).nonzero().squeeze(1)
+            shrunk = x_tk[rows] @ adapters.a[place].T  # [rows, p * r]
+            for part, (first, last) in enumerate(itertools.pairwise((0, *adapters.ends))):
+                own = shrunk[:, part * rank : (part + 1) * rank]
+                y_tn[rows, first:last] += own @ adapters.b[place, :, first:last]
+        return y_tn
+
     def prepare_embedding(self, weight: Weight) -> ReferenceLinear:
         return self.prepare_linear([weight], None)
 
@@ -126,11 +138,11 @@ class ReferenceOps:
                 _rotate(part, batch.positions, rope)
         slots = batch.slots.long()
         block, offset = slots // cache.block_size, slots % cache.block_size
-        for heads, pool, scales, kind in (
-            (k, cache.k, cache.k_scales, cache.kind_k),
-            (v, cache.v, cache.v_scales, cache.kind_v),
+        for heads, pool, scales, kind, fixed in (
+            (k, cache.k, cache.k_scales, cache.kind_k, cache.k_range),
+            (v, cache.v, cache.v_scales, cache.kind_v, cache.v_range),
         ):
-            codes, scale = quantize_heads(heads, kind)
+            codes, scale = quantize_heads(heads, kind, fixed)
             pool[block, :, offset] = codes
             if scales is not None and scale is not None:
                 scales[block, :, offset] = scale
@@ -171,14 +183,17 @@ def _rotate(x_thd: Tensor, positions_t: Tensor, rope: RopeTable) -> None:
     rotated.copy_(merged)
 
 
-def quantize_heads(x: Tensor, kind: KvKind) -> tuple[Tensor, Tensor | None]:
-    """Heads [.., d] as `LayerCache` stores them, and their scales [.., 2]."""
+def quantize_heads(x: Tensor, kind: KvKind, fixed: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Heads [.., d] as `LayerCache` stores them, and their scales [.., 2]; `fixed` [heads, 2]: these."""
     if kind not in LEVELS:
         dtype = torch.float8_e4m3fn if kind == "fp8" else getattr(torch, kind)
         return (x.clamp(-448.0, 448.0) if kind == "fp8" else x).to(dtype), None
     x = x.float()
-    low, high = x.aminmax(dim=-1, keepdim=True)
-    scales = torch.cat([(high - low) / LEVELS[kind], low], dim=-1).half()
+    if fixed is None:
+        low, high = x.aminmax(dim=-1, keepdim=True)
+        scales = torch.cat([(high - low) / LEVELS[kind], low], dim=-1).half()
+    else:
+        scales = fixed.expand(*x.shape[:-1], 2)
     scale, minimum = scales.float().chunk(2, dim=-1)
     codes = ((x - minimum) / scale).round().clamp(0, LEVELS[kind]).masked_fill(scale == 0, 0.0).to(torch.uint8)
     if kind == "int4":

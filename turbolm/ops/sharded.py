@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from turbolm.ops import DeviceOps, PreparedLinear
+from turbolm.ops.adjustments import Adjustments, adjust
 from turbolm.ops.reference import ReferenceOps
 from turbolm.ops.sampling import sample
 
@@ -124,6 +125,9 @@ class ShardedReferenceOps(ReferenceOps):
         del has_filters
         logits = self.gather_logits(logits_rv)[:, : self._vocab_size]
         return sample(logits, temperature_r, top_k_r.long(), top_p_r, min_p_r, uniform_r).int()
+
+    def adjust(self, logits_rv: Tensor, counts_sv: Tensor, adjustments: Adjustments, previous_r: Tensor) -> None:
+        adjust(logits_rv, counts_sv, adjustments, previous_r)
 
     def resolve_tokens(self, token_ids_t: Tensor, previous_r: Tensor) -> None:
         sampled = previous_r[(-1 - token_ids_t).clamp(min=0)].clamp(min=0)

@@ -20,6 +20,7 @@ from turbolm.weights import Weight
 RoundedFormat = Literal["int4", "int8", "fp8"]
 
 _CHUNK_ELEMENTS = 1 << 22  # rounded at a time
+LEVELS = 15  # the largest code of int4
 _SMALLEST = 2.0**-24  # scale: the smallest number of float16
 
 
@@ -31,6 +32,14 @@ class Rounding:
     vocabulary: RoundedFormat | None  # of embedding and head; None: these stay as they are
     vocabulary_names: frozenset[str]  # their modules
     group_size: int | None = None  # as `round_weight` says; rows that it doesn't divide have the default's
+
+    @classmethod
+    def at_load(cls, layers: RoundedFormat, device: str, vocabulary_names: frozenset[str]) -> Rounding:
+        """As the engine rounds for `device`. On the CPU, whose kernels have a scale for 32 columns at any rate, groups
+        are of this size, and the vocabulary's matrices, a large part of small models, are rounded too."""
+        if device == "cpu":
+            return cls(layers, "int8", vocabulary_names, group_size=32)
+        return cls(layers, None, vocabulary_names)
 
     def round(self, weight: Weight, prefix: str) -> Weight:
         """`weight`, the module `prefix`'s. Raises ConfigError where it is quantized already, CheckpointError where it
@@ -92,18 +101,32 @@ def _group(k: int, target: str, group_size: int | None) -> int:
     return group
 
 
-def _round_int4(rows: Tensor, group: int, symmetric: bool) -> tuple[Tensor, ...]:
-    """float [r, k] → codes, scales, zeros."""
-    groups = rows.float().reshape(rows.shape[0], -1, group)
-    high, low = groups.amax(2, keepdim=True).clamp_(min=0), groups.amin(2, keepdim=True).clamp_(max=0)
+def int4_range(
+    groups: Tensor, symmetric: bool, dtype: torch.dtype, *, shrink: float = 1.0, lowest_zero: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Scales and zero points, float32 [...], with which codes cover `shrink` of the range of groups [..., g], 0 among
+    it. Scales are as `dtype` holds them: never 0, and infinite where a range is too large for it."""
+    high, low = groups.amax(-1).clamp(min=0) * shrink, groups.amin(-1).clamp(max=0) * shrink
     if symmetric:
         high = torch.maximum(high, -low)
         low = -high
-    scales = ((high - low) / 15).clamp_(min=_SMALLEST).to(torch.float16)
-    steps = scales.float()
-    zeros = torch.full_like(steps, MIDDLE) if symmetric else (-low / steps).round_().clamp_(0, 15)
-    codes = (groups / steps).add_(zeros).round_().clamp_(0, 15).to(torch.uint8)
-    return pack_nibbles(codes.view(rows.shape)), scales[..., 0], zeros[..., 0].to(torch.uint8)
+    scales = ((high - low) / LEVELS).clamp(min=_SMALLEST).to(dtype).float()
+    if symmetric:
+        return scales, torch.full_like(scales, MIDDLE)
+    return scales, (-low / scales).round_().clamp_(lowest_zero, LEVELS)
+
+
+def int4_codes(values: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """The nearest codes, as floats, of the same shape as `values`; scales and zeros broadcast."""
+    return (values / scales).add_(zeros).round_().clamp_(0, LEVELS)
+
+
+def _round_int4(rows: Tensor, group: int, symmetric: bool) -> tuple[Tensor, ...]:
+    """float [r, k] → codes, scales, zeros."""
+    groups = rows.float().reshape(rows.shape[0], -1, group)
+    scales, zeros = int4_range(groups, symmetric, torch.float16)
+    codes = int4_codes(groups, scales.unsqueeze(2), zeros.unsqueeze(2)).to(torch.uint8)
+    return pack_nibbles(codes.view(rows.shape)), scales.half(), zeros.to(torch.uint8)
 
 
 def _round_int8(rows: Tensor, group: int) -> tuple[Tensor, ...]:

@@ -17,15 +17,17 @@ from starlette.routing import Route
 from turbolm import __version__
 from turbolm.errors import TurbolmError, nearest
 from turbolm.server import pages
+from turbolm.server.adapters import adapters, remove_adapter
 from turbolm.server.chat import chat
 from turbolm.server.completions import complete
+from turbolm.server.embeddings import embeddings
 from turbolm.server.failures import ApiError, JsonResponse, to_api_error
 from turbolm.server.gate import Gate
 from turbolm.server.messages import count_tokens, messages
 from turbolm.server.metrics import CONTENT_TYPE
 from turbolm.server.responses import input_items, respond, stored_response
 from turbolm.server.service import Service
-from turbolm.server.texts import detokenize, embeddings, model, models, score, tokenize
+from turbolm.server.texts import detokenize, model, models, score, tokenize
 
 
 async def health(_: Request) -> Response:
@@ -58,6 +60,8 @@ ROUTES = (
     Route("/v1/messages", messages, methods=["POST"]),
     Route("/v1/messages/count_tokens", count_tokens, methods=["POST"]),
     Route("/v1/embeddings", embeddings, methods=["POST"]),
+    Route("/v1/adapters", adapters, methods=["GET", "POST"]),
+    Route("/v1/adapters/{adapter:path}", remove_adapter, methods=["DELETE"]),
     Route("/v1/models", models, methods=["GET"]),
     Route("/v1/models/{model:path}", model, methods=["GET"]),
     Route("/tokenize", tokenize, methods=["POST"]),
@@ -78,11 +82,17 @@ def make_app(service: Service) -> Starlette:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        heartbeat = asyncio.create_task(service.heartbeat())
+        tasks = [asyncio.create_task(service.heartbeat())]
+        if service.shadow is not None:
+            tasks.append(asyncio.create_task(service.shadow.run()))
         try:
             yield
         finally:
-            heartbeat.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            if service.tracing is not None:
+                await asyncio.to_thread(service.tracing.close)
             if service.store is not None:
                 await asyncio.to_thread(service.store.close)
 

@@ -9,7 +9,15 @@ from typing import Any
 from turbolm.errors import RequestError, TurbolmError, nearest
 from turbolm.server.failures import ApiError, to_api_error
 
-_NAMES = {str: "a string", dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
+_NAMES = {
+    str: "a string",
+    int: "a number",
+    object: "a value",
+    dict: "an object",
+    list: "a list",
+    bool: "true or false",
+    type(None): "null",
+}
 Fields = Mapping[str, type]
 NO_FIELDS: Fields = {}
 

@@ -16,6 +16,7 @@ from turbolm.delivery import Answers
 from turbolm.errors import RequestError
 from turbolm.server.answer import Answer, chat_logprobs
 from turbolm.server.body import read_body
+from turbolm.server.conversation import check_messages
 from turbolm.server.exchange import Record
 from turbolm.server.failures import ApiError, to_json
 from turbolm.server.schema import ChatBody, NamedTool
@@ -24,12 +25,6 @@ from turbolm.server.stream import DONE, AnswerResponse, error_event, usage_objec
 from turbolm.text import Tokenizer
 from turbolm.text.parser import choose_tool_format
 from turbolm.types import Usage
-
-# Fields of messages that clients send back as they got them, and that mean nothing when they are empty.
-_EMPTY_FIELDS = ("refusal", "annotations", "audio", "function_call")
-_FIELDS = frozenset(
-    ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking")
-)
 
 
 class ChatFormat:
@@ -142,12 +137,12 @@ async def chat(request: Request) -> Response:
     record.details |= body.model_dump(include={"user", "metadata", "safety_identifier"}, exclude_none=True)
     if service.config.log_prompts:
         record.details["body"] = data.decode("utf-8", "replace")
-    service.check_model(body.model)
+    adapter = service.find_model(body.model)
     body.check_stream()
-    source, num_answers = await submit(service, body)
+    source, num_answers = await submit(service, body, adapter)
     form = ChatFormat(
         f"chatcmpl-{uuid.uuid4().hex}",
-        service.name,
+        adapter or service.name,
         service.llm.tokenizer,
         logprobs=bool(body.logprobs),
         usage=body.includes_usage,
@@ -156,10 +151,10 @@ async def chat(request: Request) -> Response:
     return AnswerResponse(partial(service.exchange, [source], num_answers, record), form, bool(body.stream))
 
 
-async def submit(service: Service, body: ChatBody) -> tuple[Answers, int]:
-    """The answers that a conversation asks for, which begin when they are read, and their number. Raises ApiError
-    or RequestError."""
-    _check_messages(body.messages, service.config.max_messages)
+async def submit(service: Service, body: ChatBody, adapter: str | None) -> tuple[Answers, int]:
+    """The answers that a conversation asks for of an adapter, or of the model, which begin when they are read, and
+    their number. Raises ApiError or RequestError."""
+    check_messages(body.messages, service.config.max_messages, service.llm.chat_template)
     tools = chat_tools(body, service)
     params = body.sampling(service.llm.default_params, body.num_logprobs, **body.length_limit)
     if params.n > service.config.max_answers:
@@ -173,24 +168,11 @@ async def submit(service: Service, body: ChatBody) -> tuple[Answers, int]:
         else body.tool_choice or "auto",
         parallel_tool_calls=body.parallel_tool_calls is not False,
         template_variables=service.template_variables(body.chat_template_kwargs, body.reasoning_effort),
+        adapter=adapter,
         priority=body.priority,
         tenant=body.cache_salt or body.prompt_cache_key or "",
     )
     return source, params.n
-
-
-def _check_messages(messages: Sequence[dict[str, Any]], limit: int) -> None:
-    """What the template doesn't see to: how many, and fields that it wouldn't read."""
-    if len(messages) > limit:
-        raise RequestError(f"the conversation has {len(messages)} messages; this server allows {limit}", "messages")
-    for index, message in enumerate(messages):
-        for name, value in message.items():
-            where = f"messages[{index}].{name}"
-            if name in _EMPTY_FIELDS:
-                if value:
-                    raise RequestError(f"{where} is not served: leave it out", where)
-            elif name not in _FIELDS:
-                raise RequestError(f"unknown field '{where}'; known: {', '.join(sorted(_FIELDS))}", where[:200])
 
 
 def chat_tools(body: ChatBody, service: Service) -> list[dict[str, Any]] | None:

@@ -105,7 +105,7 @@ async def complete(request: Request) -> Response:
     record.details |= body.model_dump(include={"user"}, exclude_none=True)
     if service.config.log_prompts:
         record.details["body"] = data.decode("utf-8", "replace")
-    service.check_model(body.model)
+    adapter = service.find_model(body.model)
     body.check_stream()
     prompts = _prompts(body)
     more: dict[str, object] = {}
@@ -122,7 +122,7 @@ async def complete(request: Request) -> Response:
             "answers to one request",
             "n" if params.n > 1 else "prompt",
         )
-    options = {"params": params, "priority": body.priority, "tenant": body.cache_salt or ""}
+    options = {"params": params, "adapter": adapter, "priority": body.priority, "tenant": body.cache_salt or ""}
     echoes = [Echo()] * len(prompts)
     if body.echo:
         encoded = [await service.encode(prompt) for prompt in prompts]
@@ -131,7 +131,7 @@ async def complete(request: Request) -> Response:
     sources = [await service.generate(prompt, **options) for prompt in prompts]
     form = CompletionFormat(
         f"cmpl-{uuid.uuid4().hex}",
-        service.name,
+        adapter or service.name,
         service.llm.tokenizer,
         logprobs=body.logprobs is not None,
         usage=body.includes_usage,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import ssl
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -54,6 +55,12 @@ class ServerConfig:
     store: str | None = None
     """SQLite file that keeps the answers of /v1/responses, unless a request says store = false. Made where there is
     none; without it nothing is kept."""
+    otlp_endpoint: str | None = None
+    """Address of an OpenTelemetry collector (OTLP over HTTP), such as http://localhost:4318: it gets a span for each
+    request, without texts. By default that of OTEL_EXPORTER_OTLP_ENDPOINT, if it is set."""
+    adapter_changes: bool = False
+    """Let requests add and remove LoRA adapters although no API key is asked for: whoever reaches the server can then
+    make it read folders of its machine."""
     log_prompts: bool = False
     """Write the bodies of requests to the log."""
 
@@ -70,6 +77,8 @@ class ServerConfig:
                 raise ConfigError(f"{name} must be seconds, 0 or more, got {value!r}")
         if parse_size(self.max_body, "max_body") < 1024:
             raise ConfigError(f"max_body is {self.max_body!r}; give at least 1K")
+        if self.otlp_endpoint is not None and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", self.otlp_endpoint):
+            raise ConfigError(f"otlp_endpoint is '{self.otlp_endpoint}'; give an address such as http://localhost:4318")
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise ConfigError("tls_certificate and tls_key belong together: give both or neither")
         for name in ("tls_certificate", "tls_key"):

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from turbolm.errors import (
     CapacityError,
     ContextOverflowError,
+    DeadlineError,
     RequestError,
     TemplateError,
     TurbolmError,
@@ -86,6 +87,8 @@ def to_api_error(error: TurbolmError) -> ApiError:
         return ApiError(400, text, parameter="messages")
     if isinstance(error, CapacityError):
         return busy(text)
+    if isinstance(error, DeadlineError):
+        return _late(text, "timeout")
     if isinstance(error, UserError):
         return ApiError(400, text)
     return ApiError(500, text, kind="server_error", code="engine_error")
@@ -106,9 +109,13 @@ def closing() -> ApiError:
 
 
 def timed_out(seconds: float) -> ApiError:
+    return _late(f"the request was not done within the server's request_timeout of {seconds:g} s: ask for less at once")
+
+
+def _late(text: str, parameter: str | None = None) -> ApiError:
     """`x-should-retry` tells OpenAI's clients not to send again what takes too long."""
-    text = f"the request was not done within the server's request_timeout of {seconds:g} s: ask for less at once"
-    return ApiError(504, text, kind="server_error", code="timeout", headers={"x-should-retry": "false"})
+    retry = {"x-should-retry": "false"}
+    return ApiError(504, text, kind="server_error", parameter=parameter, code="timeout", headers=retry)
 
 
 def internal() -> ApiError:

@@ -59,6 +59,8 @@ class Gate:
             await internal().response(record.path)(scope, receive, tagged)
         finally:
             self._note(record)
+            if self._service.tracing is not None:
+                self._service.tracing.note(record, self._service.name, headers)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, headers: dict[bytes, bytes]) -> None:
         if self._service.keys and scope["path"] not in OPEN_PATHS:
@@ -95,9 +97,9 @@ class Gate:
 
 
 _COUNTED = frozenset((
-    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens",
-    "/v1/models", "/tokenize", "/detokenize", "/score", "/health", "/ready", "/metrics", "/version", "/docs",
-    "/openapi.json",
+    "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages",
+    "/v1/messages/count_tokens", "/v1/models", "/tokenize", "/detokenize", "/score", "/health", "/ready",
+    "/metrics", "/version", "/docs", "/openapi.json",
 ))  # fmt: skip
 
 

@@ -146,11 +146,11 @@ async def messages(request: Request) -> Response:
         record.details["user"] = body.metadata.user_id
     if service.config.log_prompts:
         record.details["body"] = data.decode("utf-8", "replace")
-    service.check_model(body.model)
+    adapter = service.find_model(body.model)
     with renamed(_NAMES):
         chat = _chat_body(body, service)
-        source, num_answers = await submit(service, chat)
-    form = MessagesFormat(service.name, source.num_prompt_tokens, one_call=chat.parallel_tool_calls is False)
+        source, num_answers = await submit(service, chat, adapter)
+    form = MessagesFormat(adapter or service.name, source.num_prompt_tokens, one_call=chat.parallel_tool_calls is False)
     return AnswerResponse(partial(service.exchange, [source], num_answers, record), form, bool(body.stream))
 
 
@@ -158,7 +158,7 @@ async def count_tokens(request: Request) -> Response:
     """How many tokens a conversation has, as the model sees it."""
     service: Service = request.app.state.service
     body, _ = await read_body(request, CountTokensBody, service.config.max_body_bytes)
-    service.check_model(body.model)
+    service.find_model(body.model)
     with renamed(_NAMES):
         chat = _chat_body(body, service)
         service.check_length(sum(len(str(message["content"])) for message in chat.messages), "messages")

@@ -19,7 +19,7 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0)
 _FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 _LONG = (0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 120.0, 240.0, 480.0)
-_TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
+TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
 
 
 class Histogram:
@@ -57,8 +57,10 @@ class Metrics:
         self.first_token = Histogram(_FIRST)  # seconds
         self.between_tokens = Histogram(_FAST)  # seconds
         self.end_to_end = Histogram(_LONG)  # seconds
-        self.prompt_length = Histogram(_TOKENS)
-        self.answer_length = Histogram(_TOKENS)
+        self.queue = Histogram(_LONG)  # seconds
+        self.prompt_length = Histogram(TOKENS)
+        self.answer_length = Histogram(TOKENS)
+        self.more: list[Callable[[str], Iterator[Metric]]] = []  # what else is shown, given the model's name
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
@@ -83,11 +85,14 @@ class Metrics:
         for histogram, name, text in (
             (self.first_token, "vllm:time_to_first_token_seconds", "From the request to its first token."),
             (self.between_tokens, "vllm:inter_token_latency_seconds", "From one token to the next."),
+            (self.queue, "vllm:request_queue_time_seconds", "From the request to the first step that computes it."),
             (self.end_to_end, "vllm:e2e_request_latency_seconds", "From the request to the end of its answers."),
             (self.prompt_length, "vllm:request_prompt_tokens", "Prompt tokens of a request."),
             (self.answer_length, "vllm:request_generation_tokens", "Answer tokens of a request."),
         ):
             yield histogram.family(name, text, self._model)
+        for collect in self.more:
+            yield from collect(self._model)
 
     def _engine(self) -> Iterator[Metric]:
         stats = self._stats()

@@ -15,6 +15,8 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, Response
 
 from turbolm import __version__
+from turbolm.server.adapters import AdapterBody
+from turbolm.server.embeddings import EmbeddingsBody
 from turbolm.server.failures import ApiError, JsonResponse
 from turbolm.server.messages_schema import CountTokensBody, MessagesBody
 from turbolm.server.responses_schema import ResponsesBody
@@ -36,6 +38,7 @@ _POSTS: dict[str, tuple[type[BaseModel], str, dict[str, Any]]] = {
         {"messages": [{"role": "user", "content": "Why is the sky blue?"}], "max_tokens": 100},
     ),
     "/v1/completions": (CompletionBody, "Continue texts.", {"prompt": "The sky is", "max_tokens": 20}),
+    "/v1/embeddings": (EmbeddingsBody, "Texts as vectors.", {"input": "The sky is blue."}),
     "/v1/responses": (ResponsesBody, "Answer a text or a conversation.", {"input": "Why is the sky blue?"}),
     "/v1/messages": (
         MessagesBody,
@@ -47,6 +50,7 @@ _POSTS: dict[str, tuple[type[BaseModel], str, dict[str, Any]]] = {
         "How many tokens a conversation has.",
         {"messages": [{"role": "user", "content": "Why is the sky blue?"}]},
     ),
+    "/v1/adapters": (AdapterBody, "Add a LoRA adapter.", {"name": "legal", "path": "/data/adapters/legal"}),
     "/tokenize": (TokenizeBody, "Token ids of a text or a conversation.", {"prompt": "Hello"}),
     "/detokenize": (DetokenizeBody, "The text of token ids.", {"tokens": [72, 105]}),
     "/score": (ScoreBody, "How likely the model finds a text.", {"text": "The sky is blue."}),
@@ -54,17 +58,24 @@ _POSTS: dict[str, tuple[type[BaseModel], str, dict[str, Any]]] = {
 _GETS = {
     "/v1/responses/{response}": "A stored response.",
     "/v1/responses/{response}/input_items": "What a stored response answered to.",
-    "/v1/models": "The model that is served.",
+    "/v1/adapters": "The model's LoRA adapters.",
+    "/v1/models": "The model that is served, and its adapters.",
     "/v1/models/{model}": "The model, with its configuration and the reasons for it.",
     "/health": "Whether the process answers.",
     "/ready": "Whether the engine works.",
     "/metrics": "Counters and histograms for Prometheus.",
     "/version": "turbolm's version.",
 }
+_DELETES = {
+    "/v1/adapters/{adapter}": "Remove a LoRA adapter; requests at work with it go on to their ends.",
+    "/v1/responses/{response}": "Forget a stored response.",
+}
 _ERRORS = {
     "400": "The request can't be used as given; the message names the field.",
     "401": "No API key, or a wrong one.",
+    "403": "The server doesn't let requests do this.",
     "404": "No such model or path.",
+    "409": "A name is taken, or there is no room.",
     "413": "The body is too large.",
     "429": "The server is full; Retry-After says when to come back.",
     "503": "The server is shutting down.",
@@ -109,10 +120,14 @@ def describe() -> dict[str, Any]:
                 "responses": _responses("JSON; server-sent events with stream = true." if "v1" in path else "JSON."),
             }
         }
-    for path, summary in _GETS.items():
+    for method, path, summary in (
+        *(("get", *item) for item in _GETS.items()),
+        *(("delete", *item) for item in _DELETES.items()),
+    ):
         names = re.findall(r"{(\w+)}", path)
         parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
-        paths[path] = {"get": {"summary": summary, "parameters": parameters, "responses": _responses("As said.")}}
+        described = {"summary": summary, "parameters": parameters, "responses": _responses("As said.")}
+        paths.setdefault(path, {})[method] = described
     return {
         "openapi": "3.1.0",
         "info": {"title": "turbolm", "version": __version__, "description": "An OpenAI-compatible API."},

@@ -1,17 +1,43 @@
-"""HTTP/1.1 with limits on what comes before a request's body: its size, and the time that it takes."""
+"""HTTP/1.1 with limits on what comes before a request's body (its size, and the time that it takes), and a shortcut
+for streams."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from turbolm.server.failures import ApiError, to_json
 
 HEAD_BYTES = 64 << 10
 HEAD_SECONDS = 20.0
+SHORTCUT = "turbolm.shortcut"  # the extension in a request's scope: a Shortcut
+
+
+class Shortcut:
+    """Writes further parts of a response that has begun, without a coroutine in each layer of the application."""
+
+    __slots__ = ("_cycle", "_flow", "_write")
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._flow: FlowControl = cycle.flow
+        self._write = cycle.transport.write
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the client takes in what it gets. If not, `send` waits for it, and knows when it has gone."""
+        cycle = self._cycle
+        return not (self._flow.write_paused or cycle.disconnected or cycle.response_complete) and bool(
+            cycle.chunked_encoding
+        )
+
+    def write(self, body: bytes) -> None:
+        if body:  # an empty chunk ends a response
+            self._write(b"%x\r\n%b\r\n" % (len(body), body))
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -50,6 +76,10 @@ class BoundedProtocol(HttpToolsProtocol):
             self._head_bytes = HEAD_BYTES + 1
             raise httptools.HttpParserError("the head is too large")
         super().on_headers_complete()
+        cycle = self.cycle
+        if cycle is not None and cycle.scope is self.scope:
+            scope: dict[str, Any] = cast("dict[str, Any]", cycle.scope)
+            scope["extensions"] = {**scope.get("extensions", {}), SHORTCUT: Shortcut(cycle)}
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 (uvicorn's words)
         error = ApiError(400, "this is no valid HTTP request", code="invalid_http")

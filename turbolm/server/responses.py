@@ -36,16 +36,16 @@ async def respond(request: Request) -> Response:
     record.details |= body.model_dump(include={"user", "metadata", "safety_identifier"}, exclude_none=True)
     if service.config.log_prompts:
         record.details["body"] = data.decode("utf-8", "replace")
-    service.check_model(body.model)
+    adapter = service.find_model(body.model)
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options goes with stream = true alone", "stream_options")
     messages = [*await _before(body, service), *body.messages()]
     store = _store(body, service)
     with renamed(_NAMES):
         chat = build(body.chat_fields(messages), ChatBody)
-        source, num_answers = await submit(service, chat)
+        source, num_answers = await submit(service, chat, adapter)
     keep = None if store is None else partial(_keep, store, body, messages)
-    form = ResponsesFormat(body, service.name, keep)
+    form = ResponsesFormat(body, adapter or service.name, keep)
     return AnswerResponse(partial(service.exchange, [source], num_answers, record), form, bool(body.stream))
 
 

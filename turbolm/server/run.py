@@ -23,6 +23,9 @@ from turbolm.server.app import make_app
 from turbolm.server.config import ServerConfig, read_keys
 from turbolm.server.protocol import BoundedProtocol
 from turbolm.server.service import Service
+from turbolm.server.shadow import open_shadow
+from turbolm.server.shadow_config import ShadowConfig
+from turbolm.server.tracing import start_tracing
 from turbolm.worker.supervisor import Supervision
 
 logger = logging.getLogger(__name__)
@@ -30,10 +33,12 @@ logger = logging.getLogger(__name__)
 _LOOK_SECONDS = 1.0
 
 
-def serve(model: str, config: ServerConfig, engine: EngineConfig) -> None:
-    """Loads the model and serves it. Returns after SIGTERM or ctrl-C, when running requests are done. Raises
-    UserError or CapacityError where it can't begin, EngineError where the engine is lost for good."""
+def serve(model: str, config: ServerConfig, engine: EngineConfig, shadow: ShadowConfig | None = None) -> None:
+    """Loads the model and serves it; `shadow` says what its answers are compared with. Returns after SIGTERM or ctrl-C,
+    when running requests are done. Raises UserError or CapacityError where it can't begin, EngineError where the
+    engine is lost for good."""
     keys = read_keys(config)
+    tracing = start_tracing(config.otlp_endpoint)
     listener = _listen(config)  # before the model is loaded: a port in use shows at once
     with contextlib.closing(listener):
         _start_logging()
@@ -44,15 +49,26 @@ def serve(model: str, config: ServerConfig, engine: EngineConfig) -> None:
             )
         supervision = Supervision(step_timeout=config.step_timeout)
         llm = AsyncLLM(model, engine, isolated=supervision if config.isolated else False)
-        gc.collect()
-        gc.freeze()  # what loading made stays: to look for garbage in it would stall answers
-        service = Service(llm, config, keys)
         loop = uvloop.new_event_loop()
         try:
+            service = Service(llm, config, keys)
+            service.tracing = tracing
+            if shadow is not None and shadow.rate:
+                _start_shadow(service, shadow, model, engine)
+            gc.collect()
+            gc.freeze()  # what loading made stays: to look for garbage in it would stall answers
+            gc.set_threshold(20_000, 20, 20)  # a step makes thousands of objects and hardly ever a cycle
             loop.run_until_complete(_run(service, config, listener))
         finally:
             loop.run_until_complete(llm.close())
             loop.close()
+
+
+def _start_shadow(service: Service, config: ShadowConfig, model: str, engine: EngineConfig) -> None:
+    isolated = service.config.isolated
+    shadow = open_shadow(config, model, engine, service.llm, lambda: not service.num_admitted, isolated=isolated)
+    service.start_shadow(shadow)
+    sys.stderr.write(f"turbolm: {config.shadow} of the answers are compared with {shadow.reference.title}\n")
 
 
 async def _run(service: Service, config: ServerConfig, listener: socket.socket) -> None:

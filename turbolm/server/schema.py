@@ -12,14 +12,25 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from turbolm.errors import RequestError
 from turbolm.server.structured import GrammarFields
-from turbolm.types import SamplingParams
+from turbolm.types import MAX_TIMEOUT, SamplingParams
 
 Unserved = Annotated[None, Field(description="Not served: leave it out.")]
+
+# Fields of several bodies.
+MODEL: Any = Field(None, description="The served model's name; may be left out.")
+USER: Any = Field(None, max_length=512, description="Goes into the log line of the request.")
+PRIORITY: Any = Field(0, ge=-(1 << 31), lt=1 << 31, description="Lower goes first.")
+CACHE_SALT: Any = Field(
+    None, max_length=512, description="Share cached prompt prefixes with requests of the same salt alone."
+)
+TIMEOUT: Any = Field(
+    None, gt=0, le=MAX_TIMEOUT, description="Seconds; a request that isn't done by then ends with status 504."
+)
 
 # Fields with the name and the meaning that SamplingParams gives them.
 _SAME = (
     "temperature", "top_p", "n", "seed", "presence_penalty", "frequency_penalty", "max_tokens", "top_k", "min_p",
-    "repetition_penalty", "min_tokens", "ignore_eos", "skip_special_tokens",
+    "repetition_penalty", "min_tokens", "ignore_eos", "skip_special_tokens", "timeout",
 )  # fmt: skip
 _RENAMED = {"include_stop": "include_stop_str_in_output", "logprobs": "top_logprobs"}
 
@@ -36,7 +47,7 @@ class StreamOptions(Body):
 class SamplingBody(Body, GrammarFields):
     """What chat and text completions share."""
 
-    model: str | None = Field(None, description="The served model's name; may be left out.")
+    model: str | None = MODEL
     temperature: float | None = Field(None, description="Divides the logits, 0 to 100; 0 is greedy.")
     top_p: float | None = Field(None, description="Keep the smallest set of tokens whose probability reaches it.")
     n: int | None = Field(None, description="Independent answers to the same prompt.")
@@ -48,7 +59,7 @@ class SamplingBody(Body, GrammarFields):
     max_tokens: int | None = Field(None, description="Longest answer in tokens.")
     stream: bool | None = Field(None, description="Send the answer as server-sent events, as it grows.")
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, max_length=512, description="Goes into the log line of the request.")
+    user: str | None = USER
     top_k: int | None = Field(None, description="Keep the k likeliest tokens; 0: all.")
     min_p: float | None = Field(None, description="Drop tokens less likely than this fraction of the likeliest.")
     repetition_penalty: float | None = Field(None, description="Above 1: what prompt and answer hold, less likely.")
@@ -58,10 +69,9 @@ class SamplingBody(Body, GrammarFields):
     include_stop_str_in_output: bool | None = Field(None, description="Leave what ended the answer in it.")
     skip_special_tokens: bool | None = Field(None, description="Leave control tokens out of the text.")
     bad_words: list[str] | None = Field(None, description="Strings that never appear in the answer; up to 64.")
-    priority: int = Field(0, ge=-(1 << 31), lt=1 << 31, description="Lower goes first.")
-    cache_salt: str | None = Field(
-        None, max_length=512, description="Share cached prompt prefixes with requests of the same salt alone."
-    )
+    priority: int = PRIORITY
+    cache_salt: str | None = CACHE_SALT
+    timeout: float | None = TIMEOUT
 
     def sampling(self, base: SamplingParams, num_logprobs: int | None, **more: object) -> SamplingParams:
         """`base` with what the request gives. Raises RequestError."""
@@ -104,10 +114,9 @@ class Extensions(Body):
     repetition_penalty: float | None = Field(None, description="Above 1: what prompt and answer hold, less likely.")
     min_tokens: int | None = Field(None, description="The answer can't end before so many tokens.")
     ignore_eos: bool | None = Field(None, description="Go on past end-of-text tokens.")
-    priority: int = Field(0, ge=-(1 << 31), lt=1 << 31, description="Lower goes first.")
-    cache_salt: str | None = Field(
-        None, max_length=512, description="Share cached prompt prefixes with requests of the same salt alone."
-    )
+    priority: int = PRIORITY
+    cache_salt: str | None = CACHE_SALT
+    timeout: float | None = TIMEOUT
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="Variables of the model's chat template, such as enable_thinking."
     )
@@ -242,6 +251,7 @@ class ScoreBody(Body):
         None, description="Cut the text into windows of so many tokens; score the second half of each given its first."
     )
     return_logprobs: bool = Field(False, description="Send the tokens and their log-probabilities too.")
+    timeout: float | None = TIMEOUT
 
     instead: ClassVar[dict[str, str]] = {"text": "give a text or a list of token ids"}
 

@@ -19,7 +19,9 @@ from turbolm.server.config import ServerConfig
 from turbolm.server.exchange import Exchange, Record
 from turbolm.server.failures import ApiError, busy, closing
 from turbolm.server.metrics import Metrics
+from turbolm.server.shadow import Shadow
 from turbolm.server.store import ResponseStore
+from turbolm.server.tracing import Tracing
 
 STUCK_SECONDS = 120.0  # without a step of the engine, while requests are at work
 _MAX_TOKEN_CHARS = 32  # longer tokens on average: not in any text that is meant to be read
@@ -34,11 +36,18 @@ class Service:
         self.name = config.served_name or llm.model_name
         self.created = int(time.time())
         self.metrics = Metrics(self.name, lambda: llm.stats, self._live)
+        self.tracing: Tracing | None = None
         self.is_draining = False
         self.num_admitted = 0
         self.store = ResponseStore(config.store) if config.store else None
+        self.shadow: Shadow | None = None
         self._exchanges: set[Exchange] = set()
         self._steps = (0, time.perf_counter())  # of the engine, and when that number was first seen
+
+    def start_shadow(self, shadow: Shadow) -> None:
+        """From now on a sample of the answers goes to `shadow`, which runs with the application."""
+        self.shadow = shadow
+        self.metrics.more.append(shadow.collect)
 
     @contextlib.contextmanager
     def admit(self) -> Iterator[None]:
@@ -48,6 +57,8 @@ class Service:
         if self.num_admitted >= self.config.max_requests:
             raise busy(f"{self.num_admitted} requests are at work, and max_requests is that many: try again later")
         self.num_admitted += 1
+        if self.shadow is not None:
+            self.shadow.interrupt()
         try:
             yield
         finally:
@@ -55,7 +66,9 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def exchange(self, sources: Sequence[Answers], num_answers: int, record: Record) -> AsyncIterator[Exchange]:
-        exchange = Exchange(sources, num_answers, record, self.metrics)
+        heard = sources if self.shadow is None else self.shadow.watch(sources)
+        record.params = sources[0].request.params
+        exchange = Exchange(heard, num_answers, record, self.metrics)
         self._exchanges.add(exchange)
         try:
             async with exchange:
@@ -64,15 +77,21 @@ class Service:
             self._exchanges.discard(exchange)
             self._note(exchange)
 
-    def check_model(self, name: str | None) -> None:
-        """ApiError unless it's the model that is served; a request need not name one."""
-        if name is not None and name != self.name:
+    def find_model(self, name: str | None) -> str | None:
+        """The adapter that a request asks for by this name; None: the model itself, which it need not name. ApiError
+        for another name."""
+        if name is None or name == self.name:
+            return None
+        if name not in self.llm.adapters:
+            known = [self.name, *self.llm.adapters]
+            shown = "', '".join(known)
             raise ApiError(
                 404,
-                f"no model '{name}'; this server has '{self.name}'.{nearest(name, [self.name])}",
+                f"no model '{name}'; this server has '{shown}'.{nearest(name, known)}",
                 parameter="model",
                 code="model_not_found",
             )
+        return name
 
     def check_length(self, num_chars: int, parameter: str) -> None:
         """Refuses text that is far beyond the context before time goes into it."""
@@ -136,16 +155,18 @@ class Service:
                 )
         return variables
 
-    def describe(self, details: bool) -> dict[str, Any]:
-        """The model as /v1/models shows it."""
+    def describe(self, details: bool, adapter: str | None = None) -> dict[str, Any]:
+        """The model, or one of its adapters, as /v1/models shows it."""
         config = self.llm.config
         shown: dict[str, Any] = {
-            "id": self.name,
+            "id": adapter or self.name,
             "object": "model",
             "created": self.created,
             "owned_by": "turbolm",
             "max_model_len": config.max_context,
         }
+        if adapter is not None:
+            shown["parent"] = self.name
         if details:
             values = asdict(config)
             reasons = values.pop("reasons")
@@ -200,13 +221,21 @@ class Service:
         running = sum(exchange.has_begun for exchange in self._exchanges)
         return running, len(self._exchanges) - running
 
+    def note_prompts(self, lengths: Sequence[int], record: Record) -> None:
+        """Counts the tokens of texts that were computed without an answer."""
+        record.prompt_tokens = sum(lengths)
+        self.metrics.num_prompt_tokens += record.prompt_tokens
+        for length in lengths:
+            self.metrics.prompt_length.observe(length)
+
     def _note(self, exchange: Exchange) -> None:
         record, metrics, usage = exchange.record, self.metrics, exchange.usage
-        record.prompt_tokens = usage.prompt_tokens
+        record.prompt_tokens, record.usage = usage.prompt_tokens, usage
         metrics.num_prompt_tokens += usage.prompt_tokens
         metrics.num_answer_tokens += record.answer_tokens
         if exchange.error is None and not exchange.is_gone:
             metrics.end_to_end.observe(time.perf_counter() - record.started)
+            metrics.queue.observe(usage.queued)
             metrics.prompt_length.observe(usage.prompt_tokens)
             metrics.answer_length.observe(usage.completion_tokens)
 

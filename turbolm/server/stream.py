@@ -10,11 +10,12 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from turbolm.server.answer import Answer
-from turbolm.server.exchange import Exchange
+from turbolm.server.exchange import Exchange, Push
 from turbolm.server.failures import ApiError, JsonResponse, to_api_error, to_json
+from turbolm.server.protocol import SHORTCUT, Shortcut
 from turbolm.types import Usage
 
 PING = b": keep-alive\n\n"
@@ -55,10 +56,12 @@ class AnswerResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._exchange() as exchange:
+            if scope["http_version"] == "1.0":
+                send = _at_once(send)
             watch = asyncio.create_task(_watch(receive, exchange))
             try:
                 if self._streams:
-                    await self._send_stream(exchange, send)
+                    await self._send_stream(exchange, scope, send)
                 else:
                     await self._send_whole(exchange, scope, receive, send)
             except asyncio.CancelledError:
@@ -77,12 +80,13 @@ class AnswerResponse(Response):
             answers = [exchange.answers[choice] for choice in sorted(exchange.answers)]
             await JsonResponse(self._form.whole(answers, exchange.usage))(scope, receive, send)
 
-    async def _send_stream(self, exchange: Exchange, send: Send) -> None:
+    async def _send_stream(self, exchange: Exchange, scope: Scope, send: Send) -> None:
+        exchange.record.streams = True
         await exchange.news()
         if exchange.error is not None and not exchange.answers:
             raise to_api_error(exchange.error)  # nothing is sent yet, so it has a status of its own
         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-        chunk, more = self._form.chunk, True
+        chunk, push, more = self._form.chunk, self._push(scope), True
         while not exchange.is_gone:
             body = b"".join([chunk(choice, answer) for choice, answer in exchange.take().items()]) or PING
             if exchange.is_over:
@@ -93,7 +97,22 @@ class AnswerResponse(Response):
             exchange.blocked_since = 0.0
             if not more:
                 return
-            await exchange.news()
+            await exchange.news(push)
+
+    def _push(self, scope: Scope) -> Push | None:
+        """Writes an answer's events past the application's layers, where the server lets it."""
+        shortcut: Shortcut | None = scope.get("extensions", {}).get(SHORTCUT)
+        if shortcut is None:
+            return None
+        chunk, write = self._form.chunk, shortcut.write
+
+        def push(choice: int, answer: Answer) -> bool:
+            if not shortcut.is_open:
+                return False
+            write(chunk(choice, answer))
+            return True
+
+        return push
 
     def _last(self, exchange: Exchange) -> bytes:
         if exchange.error is None:
@@ -101,6 +120,25 @@ class AnswerResponse(Response):
         if exchange.record.outcome == "ok":
             exchange.record.outcome = "failed"
         return self._form.failure(to_api_error(exchange.error))
+
+
+def _at_once(send: Send) -> Send:
+    """HTTP/1.0 knows no chunks: its clients get a stream when it is over."""
+    head: Message = {}
+    pieces: list[bytes] = []
+
+    async def collect(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            head.update(message)
+            return
+        pieces.append(message["body"])
+        if not message.get("more_body"):
+            body = b"".join(pieces)
+            head["headers"] = [*head["headers"], (b"content-length", str(len(body)).encode())]
+            await send(head)
+            await send({"type": "http.response.body", "body": body})
+
+    return collect
 
 
 async def _watch(receive: Receive, exchange: Exchange) -> None:

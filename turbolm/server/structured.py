@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from turbolm.errors import RequestError
-from turbolm.types import Grammar, GrammarKind
+from turbolm.form import Grammar, GrammarKind
 
 
 class _Part(BaseModel):

@@ -4,41 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Coroutine
-from typing import Any
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from turbolm.errors import RequestError
 from turbolm.server.answer import finite
 from turbolm.server.body import read_body
-from turbolm.server.failures import ApiError, JsonResponse, timed_out
+from turbolm.server.connection import while_connected
+from turbolm.server.conversation import check_messages
+from turbolm.server.failures import JsonResponse
 from turbolm.server.schema import DetokenizeBody, ScoreBody, TokenizeBody
 from turbolm.server.service import Service
-from turbolm.types import Score
 
 _MAX_WINDOWS = 1024  # of one text to score
 
 
 async def models(request: Request) -> Response:
-    """The one model that is served."""
+    """The model that is served, and its adapters."""
     service: Service = request.app.state.service
-    return JsonResponse({"object": "list", "data": [service.describe(details=False)]})
+    found = [service.describe(details=False, adapter=adapter) for adapter in (None, *service.llm.adapters)]
+    return JsonResponse({"object": "list", "data": found})
 
 
 async def model(request: Request) -> Response:
-    """The model, with what every "auto" of its configuration became, and why."""
+    """The model, or an adapter of it, with what every "auto" of its configuration became, and why."""
     service: Service = request.app.state.service
-    service.check_model(request.path_params["model"])
-    return JsonResponse(service.describe(details=True))
+    adapter = service.find_model(request.path_params["model"])
+    return JsonResponse(service.describe(details=True, adapter=adapter))
 
 
 async def tokenize(request: Request) -> Response:
     """The token ids of a text or of a conversation."""
     service: Service = request.app.state.service
     body, _ = await read_body(request, TokenizeBody, service.config.max_body_bytes)
-    service.check_model(body.model)
+    service.find_model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("give either prompt or messages", "prompt")
     if body.messages is None:
@@ -47,6 +47,7 @@ async def tokenize(request: Request) -> Response:
                 raise RequestError(f"{name} goes with messages alone", name)
         tokens = await service.encode(body.prompt or "", body.add_special_tokens)
     else:
+        check_messages(body.messages, service.config.max_messages, service.llm.chat_template)
         variables = service.template_variables(body.chat_template_kwargs, None)
         tools = [tool.model_dump() for tool in body.tools or ()] or None
         tokens = await asyncio.to_thread(
@@ -65,7 +66,7 @@ async def detokenize(request: Request) -> Response:
     """The text of token ids."""
     service: Service = request.app.state.service
     body, _ = await read_body(request, DetokenizeBody, service.config.max_body_bytes)
-    service.check_model(body.model)
+    service.find_model(body.model)
     try:
         text = service.llm.tokenizer.decode(body.tokens, skip_special=body.skip_special_tokens)
     except RequestError as error:
@@ -77,7 +78,7 @@ async def score(request: Request) -> Response:
     """How likely the model finds a text."""
     service: Service = request.app.state.service
     body, _ = await read_body(request, ScoreBody, service.config.max_body_bytes)
-    service.check_model(body.model)
+    adapter = service.find_model(body.model)
     if isinstance(body.text, str) and body.window is None:
         service.check_length(len(body.text), "text")
     tokens = (
@@ -88,7 +89,8 @@ async def score(request: Request) -> Response:
             f"{len(tokens)} tokens make more than {_MAX_WINDOWS} windows of {body.window}: send less text at once",
             "window",
         )
-    scored = await _while_connected(request, service.llm.score(tokens, window=body.window), service)
+    work = service.llm.score(tokens, window=body.window, adapter=adapter)
+    scored = await while_connected(request, work, service.config.request_timeout, body.timeout)
     log_likelihood = finite(scored.log_likelihood)
     mean = -log_likelihood / max(scored.num_scored, 1)
     found: dict[str, object] = {
@@ -103,33 +105,3 @@ async def score(request: Request) -> Response:
             "logprobs": [None if value is None else finite(value) for value in scored.logprobs],
         }
     return JsonResponse(found)
-
-
-async def embeddings(_: Request) -> Response:
-    """Refused: the engine yields tokens and their log-probabilities, no hidden states."""
-    raise ApiError(
-        400, "embeddings are not served: turbolm generates text; ask a server of embedding models", code="not_served"
-    )
-
-
-async def _while_connected(request: Request, work: Coroutine[Any, Any, Score], service: Service) -> Score:
-    """The result of `work`, which ends with the connection, or with the time that a request may take."""
-    task = asyncio.create_task(work)
-    gone = asyncio.create_task(_hang_up(request))
-    limit = service.config.request_timeout
-    try:
-        await asyncio.wait({task, gone}, timeout=limit or None, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        if gone.done():
-            raise ClientDisconnect
-        raise timed_out(limit)
-    finally:
-        for pending in (task, gone):
-            pending.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _hang_up(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -47,14 +47,15 @@ class Detokenizer:
     def push(self, token_ids: Iterable[int]) -> str:
         """The further text that is complete with these tokens."""
         token_bytes, skipped = self._tokenizer.token_bytes, self._skipped
+        if not self._is_first:
+            return self._decoder.decode(b"".join([token_bytes(token) for token in token_ids if token not in skipped]))
         shown = [token_id for token_id in token_ids if token_id not in skipped]
         pieces = [token_bytes(token_id) for token_id in shown]
-        if self._is_first:
-            for index, (token_id, piece) in enumerate(zip(shown, pieces, strict=True)):
-                if piece:
-                    self._is_first = False
-                    pieces[index] = self._first_bytes(token_id, piece)
-                    break
+        for index, (token_id, piece) in enumerate(zip(shown, pieces, strict=True)):
+            if piece:
+                self._is_first = False
+                pieces[index] = self._first_bytes(token_id, piece)
+                break
         return self._decoder.decode(b"".join(pieces))
 
     def finish(self) -> str:

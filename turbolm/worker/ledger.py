@@ -116,9 +116,14 @@ class Ledger:
         entries = self._entries
         for number, token in zip(numbers, tokens, strict=True):
             entry = entries.get(number)
-            if entry is not None:
-                request = entry.request
-                self._hand_on(entry, Output(request.id, request.index, (token,)), outputs)
+            if entry is None:
+                continue
+            output = Output(entry.request.id, entry.request.index, (token,))
+            if entry.has_output:  # as hundreds of times per step
+                entry.num_tokens += 1
+                outputs.append(output)
+            else:
+                self._hand_on(entry, output, outputs)
         for row in rows:
             entry = entries.get(row[0])
             if entry is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import logging
 import os
 import signal
@@ -13,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from turbolm import __version__
 from turbolm.config import EngineConfig, ResolvedConfig
@@ -24,6 +25,9 @@ from turbolm.errors import CapacityError, EngineError, TurbolmError, UserError
 from turbolm.grammar import GrammarCompiler
 from turbolm.types import Output
 from turbolm.worker import wire
+
+if TYPE_CHECKING:
+    from turbolm.engine.adapters import Adapters
 
 PULSE_SECONDS = 1.0
 EXIT_LOAD, EXIT_BROKEN = 3, 4  # statuses: the model can't be loaded; steps fail, or the loop has ended
@@ -48,6 +52,8 @@ class EngineModel(Protocol):
     def runner(self) -> StepRunner: ...
     @property
     def grammars(self) -> GrammarCompiler | None: ...
+    @property
+    def adapters(self) -> Adapters | None: ...
 
 
 Load = Callable[[str, EngineConfig, bool], EngineModel]
@@ -82,11 +88,14 @@ class Process:
             model = load(name, wire.unpack_record(EngineConfig, config), progress)
         except TurbolmError as error:
             self._refuse(error)
+        gc.collect()
+        gc.freeze()  # what loading made stays
+        gc.set_threshold(20_000, 20, 20)  # a step makes thousands of objects and hardly ever a cycle
         path = None if model.path is None else str(model.path)
         self._channel.send("loaded", wire.VERSION, __version__, model.name, path, wire.pack_record(model.config))
         self._scheduler = model.scheduler
         runner = _WatchedRunner(model.runner, self._begin, self._die)
-        engine = Engine(model.scheduler, runner, self._deliver, model.grammars)
+        engine = Engine(model.scheduler, runner, self._deliver, model.grammars, model.adapters)
         self._serve(engine, rest)
 
     def _first(self) -> list[wire.Message]:
@@ -103,6 +112,8 @@ class Process:
                     self._submit(engine, fields[0])
                 elif kind == "cancel":
                     engine.cancel(*fields)
+                elif kind == "adapt":  # takes its time
+                    threading.Thread(target=self._adapt, args=(engine, *fields), daemon=True).start()
                 elif kind == "close":
                     engine.close()
                     self._leave(0)
@@ -117,6 +128,20 @@ class Process:
             request = wire.unpack_request(fields)
             self._numbers[request.id, request.index] = number
             engine.submit([request], deltas)
+
+    def _adapt(self, engine: Engine, number: int, name: str, source: str | None) -> None:
+        try:
+            if source is None:
+                engine.remove_adapter(name)
+            else:
+                engine.add_adapter(name, source)
+        except TurbolmError as error:
+            self._channel.send("adapted", number, wire.pack_error(error))
+        except Exception as error:  # nobody's answers have to end with it
+            logger.exception("the adapter '%s' could not be changed", name)
+            self._channel.send("adapted", number, wire.pack_error(EngineError(f"the change failed: {error!r}")))
+        else:
+            self._channel.send("adapted", number, None)
 
     def _receive(self, timeout: float) -> list[wire.Message]:
         try:

@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from turbolm.config import EngineConfig, ResolvedConfig
 from turbolm.engine.engine import Deliver
 from turbolm.engine.step import SchedulerStats
 from turbolm.errors import ConfigError, EngineError, TurbolmError
+from turbolm.lora import adapter_sources, as_entries
 from turbolm.types import Output, Request
 from turbolm.worker import wire
 from turbolm.worker.client import COMMAND, Worker
@@ -75,6 +77,7 @@ class SupervisedEngine:
         self._ledger = Ledger()
         self._worker: Worker | None = None
         self._is_ready = False
+        self._changes: dict[int, Future[None]] = {}  # of adapters, which the process is asked for
         self._trouble: str | None = None
         self._failure: EngineError | None = None  # given up or closed
         self._progressed = 0.0  # when the last step was heard of
@@ -122,6 +125,27 @@ class SupervisedEngine:
                 self._worker.channel.send("cancel", request_id, index)
             elif outputs:
                 self._deliver(outputs)
+
+    def add_adapter(self, name: str, source: str) -> None:
+        """As `Engine.add_adapter`. Processes that come later load it when they start."""
+        self._adapt(name, source)
+
+    def remove_adapter(self, name: str) -> None:
+        """As `Engine.remove_adapter`."""
+        self._adapt(name, None)
+
+    def _adapt(self, name: str, source: str | None) -> None:
+        done: Future[None] = Future()
+        with self._lock:
+            if not self._is_ready or self._worker is None:
+                raise EngineError(self._trouble or "the engine is closed")
+            self._changes[id(done)] = done
+            self._worker.channel.send("adapt", id(done), name, source)
+        done.result()
+        with self._lock:
+            sources = {known: path for known, path in adapter_sources(self._settings.adapters).items() if known != name}
+            sources |= {} if source is None else {name: source}
+            self._settings = dataclasses.replace(self._settings, adapters=as_entries(sources))
 
     def close(self) -> None:
         """Cancel what is left, and end the process. Idempotent."""
@@ -230,6 +254,8 @@ class SupervisedEngine:
                 self._take(self._ledger.take(numbers, tokens, rows), stats)  # type: ignore[arg-type]
             case "began", (numbers,):
                 self._ledger.begin(numbers)  # type: ignore[arg-type]
+            case "adapted", (number, error):
+                self._end_change(number, error)  # type: ignore[arg-type]
             case "pulse", (stats, is_warm):
                 self._take([], stats)  # type: ignore[arg-type]
                 if is_warm:
@@ -244,6 +270,13 @@ class SupervisedEngine:
             case _:
                 raise EngineError(f"it sent a message that this process doesn't know: {kind!r}")
 
+    def _end_change(self, number: int, error: wire.Message | None) -> None:
+        done = self._changes.pop(number)
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(wire.unpack_error(error))
+
     def _begin(self, version: int, package: str, name: str, path: str | None, config: dict[str, object]) -> None:
         """The process is ready."""
         if (version, package) != (wire.VERSION, __version__):
@@ -251,6 +284,12 @@ class SupervisedEngine:
         self.name = name
         self.path = None if path is None else Path(path)
         self.config = wire.unpack_record(ResolvedConfig, config)
+        # What adapters came to later takes no more room away.
+        self._settings = dataclasses.replace(
+            self._settings,
+            max_adapters=self.config.max_adapters,
+            max_adapter_rank=self.config.max_adapter_rank,
+        )
         self._trouble = None
         self._is_ready = True
         self._progressed = time.monotonic()
@@ -279,6 +318,9 @@ class SupervisedEngine:
     def _note_end(self, worker: Worker, how: str) -> None:
         """A process has ended."""
         was_ready, self._is_ready = self._is_ready, False
+        for done in self._changes.values():
+            done.set_exception(EngineError(f"the engine's process {how} before the adapter was changed"))
+        self._changes.clear()
         self._is_warm.clear()
         self._stats = dataclasses.replace(
             self._stats, num_used_blocks=0, num_idle_blocks=0, num_running=0, num_waiting=0

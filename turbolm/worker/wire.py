@@ -6,11 +6,13 @@ number that the front end gives them.
     to the engine   load    VERSION, turbolm's version, model, EngineConfig, show progress, log level
                     submit  ((number, request, deltas), …)
                     cancel  request id, index
+                    adapt   number, an adapter's name, where it is or nil: remove it
                     close
     from it         loaded  VERSION, turbolm's version, the model's full name, path of its files or nil, ResolvedConfig
                     failed  error: the model can't be loaded
                     began   (number, …): computed for the first time in the step that comes next
                     step    numbers, tokens, rows, stats: outputs; most have one token and nothing else
+                    adapted number, error or nil
                     pulse   stats, whether the engine is warm: about once a second
                     log     level, logger's name, text
 """
@@ -32,7 +34,8 @@ import msgpack
 from turbolm import errors
 from turbolm.engine.step import SchedulerStats
 from turbolm.errors import EngineError, RequestError, TurbolmError
-from turbolm.types import Grammar, Output, Request, SamplingParams, TokenLogprob, Usage
+from turbolm.form import Grammar
+from turbolm.types import Output, Request, SamplingParams, TokenLogprob, Usage
 
 VERSION = 1  # of these messages
 Message = tuple[Any, ...]
@@ -43,9 +46,8 @@ _READ_BYTES = 1 << 18
 _STATS = tuple(field.name for field in dataclasses.fields(SchedulerStats))
 _stats_values = attrgetter(*_STATS)
 _PARAMS = tuple((field.name, getattr(SamplingParams(), field.name)) for field in dataclasses.fields(SamplingParams))
-_REQUEST = tuple(
-    field.name for field in dataclasses.fields(Request) if field.name not in ("params", "compiled_grammar")
-)
+_OWN = ("params", "compiled_grammar", "loaded_adapter")  # not sent as they are
+_REQUEST = tuple(field.name for field in dataclasses.fields(Request) if field.name not in _OWN)
 _KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, TurbolmError)]
 _ERRORS = {kind.__name__: kind for kind in _KINDS}
 
@@ -182,7 +184,7 @@ def pack_outputs(outputs: Sequence[Output], numbers: dict[tuple[str, int], int])
     """A "step" message's numbers, tokens and rows. Requests that end leave `numbers`."""
     short, tokens, rows = [], [], []
     for output in outputs:
-        request_id, index, token_ids, _, logprobs, prompt_logprobs, reason, stop, usage, error = output
+        request_id, index, token_ids, _, logprobs, prompt_logprobs, reason, stop, usage, error, embedding = output
         key = (request_id, index)
         if reason is None and len(token_ids) == 1 and not logprobs and not prompt_logprobs:
             short.append(numbers[key])
@@ -191,17 +193,18 @@ def pack_outputs(outputs: Sequence[Output], numbers: dict[tuple[str, int], int])
         number = numbers[key] if reason is None else numbers.pop(key)
         rows.append((
             number, token_ids, _pack_logprobs(logprobs), _pack_logprobs(prompt_logprobs), reason, stop,
-            usage and (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens), error and pack_error(error),
+            usage and (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens, usage.queued),
+            error and pack_error(error), embedding,
         ))  # fmt: skip
     return short, tokens, rows
 
 
 def unpack_output(request: Request, row: Message) -> Output:
     """One of a "step" message's rows."""
-    _, token_ids, logprobs, prompt_logprobs, reason, stop, usage, error = row
+    _, token_ids, logprobs, prompt_logprobs, reason, stop, usage, error, embedding = row
     return Output(
         request.id, request.index, token_ids, (), _unpack_logprobs(logprobs), _unpack_logprobs(prompt_logprobs),
-        reason, stop, usage and Usage(*usage), error and unpack_error(error),
+        reason, stop, usage and Usage(*usage), error and unpack_error(error), embedding,
     )  # fmt: skip
 
 

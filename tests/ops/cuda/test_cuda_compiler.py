@@ -65,7 +65,7 @@ def test_two_ctas_fit_an_sm_without_spilling(architecture, tile, output, dtype) 
     assert stack == 0
 
 
-@pytest.mark.parametrize(("unit", "tokens", "num_threads"), [(INT4[128], 8, 512), (INT4[32], 16, 256), (INT8, 8, 512)])
+@pytest.mark.parametrize(("unit", "tokens", "num_threads"), [(INT4[128], 8, 256), (INT4[32], 16, 256), (INT8, 8, 512)])
 def test_unpacking_variants_fit_an_sm_without_spilling(unit: Unit, tokens: int, num_threads: int) -> None:
     tile = next(tile for tile in tiles_of(unit) if (tile.tokens, tile.num_threads) == (tokens, num_threads))
     defines = kernel_defines(tile, Output.PARTS, 0, torch.bfloat16)

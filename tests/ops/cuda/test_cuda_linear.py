@@ -23,7 +23,7 @@ ACTIVATIONS = (F.silu, F.gelu, lambda x: F.gelu(x, approximate="tanh"))
 
 def build(folder: Path, tile: Tile, output: Output, activation: int, dtype: torch.dtype) -> ctypes.CDLL:
     """The kernel and the emulator as a library."""
-    for name in ("linear.cu", "activation.cuh", "int4.cuh", "weights.cuh"):
+    for name in ("linear.cu", "activation.cuh", "int4.cuh", "weights.cuh", "words.cuh"):
         shutil.copy(KERNELS / name, folder)
     (folder / "ptx.cuh").write_text("")  # the emulator brings its own
     defines = [f"-D{name}={value}" for name, value in kernel_defines(tile, output, activation, dtype).items()]

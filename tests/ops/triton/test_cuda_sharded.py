@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,10 +36,13 @@ class SharedGroup:
 
     size = SIZE
 
-    def __init__(self, rank: int, memories: Iterator[list[Tensor]]) -> None:
-        self.rank, self._memories = rank, memories
+    def __init__(self, rank: int, memories: Iterator[list[Tensor]], arrivals: Tensor) -> None:
+        self.rank, self._memories, self._arrivals = rank, memories, arrivals
 
     def share(self, num_bytes: int) -> Memory:
+        self._arrivals[self.rank] += 1
+        while bool((self._arrivals < self._arrivals[self.rank]).any()):
+            time.sleep(0.001)
         memories = next(self._memories)
         return Memory([memory[:num_bytes] for memory in memories], self.rank)
 
@@ -75,14 +79,16 @@ def test_two_ranks_compute_what_one_does(tmp_path: Path, monkeypatch: pytest.Mon
     caches = cache_spec(spec, BF16).allocate(2, 16, CPU)
     expected = [model.forward(batch, caches).clone() for batch in batches()]
     memories = [[shared_bytes(4 << 20) for _ in range(SIZE)] for _ in range(4)]
+    arrivals = shared_bytes(8 * SIZE).view(torch.int64)  # at `share`, of each rank
     width = Shard(0, SIZE).vocabulary_size(VOCABULARY)
     logits = [shared_bytes(2 * width * 4).view(torch.float32).view(2, width) for _ in range(SIZE)]
     tokens = [shared_bytes(2 * 4).view(torch.int32) for _ in range(SIZE)]
 
     def work(rank: int) -> None:
         shard = Shard(rank, SIZE)
-        ops = ShardedCudaOps(CPU, torch.bfloat16, SharedGroup(rank, iter(memories)), VOCABULARY, HIDDEN)
+        ops = ShardedCudaOps(CPU, torch.bfloat16, SharedGroup(rank, iter(memories), arrivals), VOCABULARY, HIDDEN)
         part = load_decoder(shard_spec(spec, shard), ShardLoader(checkpoint.source, ops, cuts(spec, shard)), 64)
+        time.sleep(rank)  # whose table the first one needs
         ops.finish_loading(4, part.spec.vocab_size)
         own_caches = cache_spec(part.spec, BF16).allocate(2, 16, CPU)
         for number, batch in enumerate(batches()):

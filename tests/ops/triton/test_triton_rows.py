@@ -14,6 +14,7 @@ from torch import Tensor
 
 from turbolm.cache.spec import CacheSpec
 from turbolm.kv import KvFormat, KvKind, KvShape
+from turbolm.kv_scales import LayerRanges
 from turbolm.ops import Activation, AttentionSpec, LayerCache, RopeTable
 from turbolm.ops.reference import ReferenceLinear, ReferenceOps
 from turbolm.ops.triton import rows
@@ -195,11 +196,12 @@ def test_rotary_store(
     dims=st.sampled_from([(64, 64), (80, 80), (96, 64)]),
     rope=st.sampled_from([None, (32, False), (64, True)]),
     per_program=st.sampled_from([None, 2]),
+    fixed=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_rotary_store_of_codes(
     kinds: tuple[KvKind, KvKind], heads: tuple[int, int], dims: tuple[int, int], rope: tuple[int, bool] | None,
-    per_program: int | None, seed: int,
+    per_program: int | None, fixed: bool, seed: int,
 ) -> None:  # fmt: skip
     """To the bit what the reference makes of the finished row."""
     spec = AttentionSpec(*heads, *dims, scale=1.0)
@@ -208,7 +210,9 @@ def test_rotary_store_of_codes(
     out = 3 * random(3, spec.qkv_width, seed=seed, dtype=torch.float16)
     out[0, -spec.v_head_dim :] = 1.5  # a head without range
     out[2, -1] = 1000.0
-    layout = CacheSpec((KvShape(heads[1], *dims),), KvFormat(*kinds, "float16"))
+    limits = tuple((-3.0 - head, 2.0 + head) for head in range(heads[1]))
+    ranges = (LayerRanges(limits, limits[::-1]),) if fixed else ()
+    layout = CacheSpec((KvShape(heads[1], *dims),), KvFormat(*kinds, "float16"), ranges)
     (cache,), (expected,) = (layout.allocate(5, 8, torch.device(DEVICE)) for _ in range(2))
     batch = make_batch([0, 39, 7], [33, -1, 9])
     rows.rotary_store(

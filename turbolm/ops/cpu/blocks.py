@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from turbolm.fallbacks import note_fallback
 from turbolm.weights import Weight
 
 log = logging.getLogger(__name__)
@@ -69,13 +70,13 @@ def unpacked_rows(weight: Weight, name: str) -> RowSource:
 def _fits_blocks(weight: Weight) -> bool:
     k, tensors = weight.shape[1], weight.tensors
     if "columns" in tensors:
-        log_once("columns in activation order have no native kernels: such weights are unpacked to 16 bits")
+        _tell("columns in activation order have no native kernels: such weights are unpacked to 16 bits")
         return False
     if weight.format.name == "fp8":
         return k % _BLOCK == 0
     group = k // tensors["scales"].shape[1]
     if k % _BLOCK or group % _BLOCK or float(tensors["scales"].abs().amax()) > _LARGEST_SCALE:
-        log_once(f"groups of {group} columns have no native kernels: such weights are unpacked to 16 bits")
+        _tell(f"groups of {group} columns have no native kernels: such weights are unpacked to 16 bits")
         return False
     return True
 
@@ -113,6 +114,5 @@ def _per_block(values: Tensor, num_blocks: int) -> Tensor:
     return repeated.unsqueeze(2).view(torch.uint8)
 
 
-@functools.cache
-def log_once(message: str) -> None:
-    log.warning(message)
+def _tell(message: str) -> None:
+    note_fallback(log, message)

@@ -19,7 +19,7 @@ ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 class Step(ctypes.Structure):
     """Sizes and batch of one step."""
 
-    opcode: ClassVar[int] = 9  # stands behind the instructions in the table of sizes
+    opcode: ClassVar[int] = 11  # stands behind the instructions in the table of sizes
     _fields_: ClassVar = [
         ("num_tokens", c_int64),
         ("num_sequences", c_int64),
@@ -33,6 +33,7 @@ class Step(ctypes.Structure):
         ("block_tables", c_void_p),
         ("logit_rows", c_void_p),
         ("logits", c_void_p),
+        ("adapters", c_void_p),
     ]
 
 
@@ -56,6 +57,8 @@ class KvPool(ctypes.Structure):
         ("v", c_void_p),
         ("k_scales", c_void_p),
         ("v_scales", c_void_p),
+        ("k_range", c_void_p),
+        ("v_range", c_void_p),
         ("k_type", c_int32),
         ("v_type", c_int32),
         ("block_size", c_int32),
@@ -164,7 +167,44 @@ class Softcap(Instruction):
     _fields_: ClassVar = [("width", c_int64), ("cap", c_float)]
 
 
+class AdapterParts(ctypes.Structure):
+    """The columns at which the parts of a merged matrix end."""
+
+    MAX: ClassVar = 3
+    _fields_: ClassVar = [("count", c_int32), ("ends", c_int32 * MAX)]
+
+
+class AdapterShrink(Instruction):
+    opcode = 9
+    writes = ("y",)
+    own_input = "x"
+    _fields_: ClassVar = [
+        ("x", c_void_p),
+        ("a", c_void_p),
+        ("ranks", c_void_p),
+        ("y", c_void_p),
+        ("width", c_int64),
+        ("max_rank", c_int32),
+        ("num_parts", c_int32),
+    ]
+
+
+class AdapterExpand(Instruction):
+    opcode = 10
+    updates = ("y",)
+    _fields_: ClassVar = [
+        ("x", c_void_p),
+        ("b", c_void_p),
+        ("ranks", c_void_p),
+        ("y", c_void_p),
+        ("width", c_int64),
+        ("max_rank", c_int32),
+        ("parts", AdapterParts),
+    ]
+
+
 #: Every struct whose size the library knows.
 KINDS: tuple[type[Step] | type[Instruction], ...] = (
-    Embedding, Linear, RmsNorm, Add, RotaryStore, Attention, ActivateMultiply, Gather, Softcap, Step,
+    Embedding, Linear, RmsNorm, Add, RotaryStore, Attention, ActivateMultiply, Gather, Softcap, AdapterShrink,
+    AdapterExpand, Step,
 )  # fmt: skip

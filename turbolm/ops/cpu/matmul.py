@@ -110,6 +110,13 @@ def pack(weights: Sequence[Weight], bias: Tensor | None, *, unpack: bool = False
     return PackedLinear(k, parts, bias)
 
 
+def pack_rows(format_code: int, rows: Tensor, k: int) -> Tensor:
+    """uint8: 16 rows, given as bytes, in the kernels' layout."""
+    part = PackedMatrix(format_code, GROUP_ROWS, k)
+    _native().turbolm_pack(format_code, rows.data_ptr(), GROUP_ROWS, k, 0, 1, part.data.data_ptr())
+    return part.data
+
+
 def workspace_bytes(in_features: int, max_rows: int, num_threads: int) -> int:
     """Scratch memory of a product with up to `max_rows` rows; 64-byte aligned."""
     num_bytes: int = _native().turbolm_matmul_workspace(in_features, max_rows, num_threads)

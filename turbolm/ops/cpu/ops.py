@@ -11,7 +11,6 @@ may look into it.
 from __future__ import annotations
 
 import ctypes
-import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from turbolm.ops import Activation, AttentionSpec, LayerCache, PreparedLinear, RopeTable
+from turbolm.fallbacks import note_fallback
+from turbolm.ops import Activation, AdapterWeights, AttentionSpec, LayerCache, PreparedLinear, RopeTable
 from turbolm.ops.cpu import instructions, library
 from turbolm.ops.cpu.matmul import PackedLinear, pack, workspace_bytes
 from turbolm.ops.cpu.plan import ALIGNMENT, Buffer, NotRecordableError, Operand, PlanRecorder, Recorded, encode, step_of
@@ -64,7 +64,9 @@ class CpuOps:
         kinds = {cache.kind_k, cache.kind_v}
         if kinds <= instructions.CACHE_TYPES.keys() and cache.block_size in (8, 16, 32, 64, 128):
             return True
-        _log_once(f"no native kernels for {_described(cache)}: attention runs on plain PyTorch, several times slower")
+        note_fallback(
+            log, f"no native kernels for {_described(cache)}: attention runs on plain PyTorch, several times slower"
+        )
         return False
 
     # --- weights ---
@@ -74,7 +76,9 @@ class CpuOps:
         if packed is not None:
             return packed
         names = ", ".join(sorted({weight.format.name for weight in weights}))
-        _log_once(f"no native kernels for {names} weights: their products run on plain PyTorch, several times slower")
+        note_fallback(
+            log, f"no native kernels for {names} weights: their products run on plain PyTorch, several times slower"
+        )
         return self._reference.prepare_linear(weights, bias)
 
     def prepare_embedding(self, weight: Weight) -> PreparedLinear:
@@ -88,6 +92,35 @@ class CpuOps:
         y = self._new(x_tk.shape[0], weight.out_features)
         self._multiply(x_tk, weight, y)
         return y
+
+    def add_adapters(self, y_tn: Tensor, x_tk: Tensor, adapters: AdapterWeights, places_t: Tensor) -> Tensor:
+        num_parts, rank = len(adapters.ends), adapters.max_rank
+        step = instructions.Step(num_tokens=x_tk.shape[0], adapters=places_t.data_ptr())
+        shrunk = self._new(x_tk.shape[0], num_parts * rank)
+        self._emit(
+            instructions.AdapterShrink,
+            step,
+            x=x_tk,
+            a=adapters.a,
+            ranks=adapters.ranks,
+            y=shrunk,
+            width=x_tk.shape[1],
+            max_rank=rank,
+            num_parts=num_parts,
+        )
+        ends = (ctypes.c_int32 * instructions.AdapterParts.MAX)(*adapters.ends)
+        self._emit(
+            instructions.AdapterExpand,
+            step,
+            x=shrunk,
+            b=adapters.b,
+            ranks=adapters.ranks,
+            y=y_tn,
+            width=y_tn.shape[1],
+            max_rank=rank,
+            parts=instructions.AdapterParts(num_parts, ends),
+        )
+        return y_tn
 
     def embedding(self, token_ids_t: Tensor, table: PreparedLinear, scale: float = 1.0) -> Tensor:
         if not isinstance(table, PackedLinear):
@@ -237,7 +270,8 @@ class CpuOps:
         """Run the instruction, or record it."""
         for operand in operands.values():
             if isinstance(operand, Tensor):
-                assert operand.dtype == torch.float32 and operand.is_contiguous(), "activations are float32 rows"
+                kinds = (torch.float32, torch.int32)
+                assert operand.dtype in kinds and operand.is_contiguous(), "activations are float32 rows"
         if self._recorder is not None:
             self._recorder.recorded.append(Recorded(kind, operands, writes_logits, cache))
             return
@@ -258,7 +292,7 @@ def _rows(x: Tensor) -> instructions.Step:
 
 
 def _pool(cache: LayerCache) -> instructions.KvPool:
-    tensors = (cache.k, cache.v, cache.k_scales, cache.v_scales)
+    tensors = (cache.k, cache.v, cache.k_scales, cache.v_scales, cache.k_range, cache.v_range)
     assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
     addresses = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
     kinds = (instructions.CACHE_TYPES[kind] for kind in (cache.kind_k, cache.kind_v))
@@ -273,8 +307,3 @@ def _described(cache: LayerCache) -> str:
 def _heads(spec: AttentionSpec) -> instructions.HeadShape:
     assert spec.num_heads % spec.num_kv_heads == 0, "query heads share kv heads evenly"
     return instructions.HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.v_head_dim)
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    log.warning(message)

@@ -92,8 +92,10 @@ class PlanRecorder:
 class Plan:
     """A recorded step, ready to run."""
 
-    def __init__(self, team: library.Team, recorder: PlanRecorder, num_logits: int) -> None:
-        """`num_logits`: columns of the logits."""
+    def __init__(
+        self, team: library.Team, recorder: PlanRecorder, num_logits: int, hidden: Tensor | None = None
+    ) -> None:
+        """`num_logits`: columns of the logits. `hidden`: the buffer that `run_hidden` hands out."""
         self._team = team
         self._recorder = recorder
         self._num_logits = num_logits
@@ -101,8 +103,9 @@ class Plan:
         own = _own_buffers(recorded)
         for buffer in own:
             buffer.num_bytes = max(buffer.num_bytes, team.num_threads * (buffer.num_bytes // buffer.shape[0]))
-        self._arena = torch.empty(_lay_out(recorded) + ALIGNMENT, dtype=torch.uint8)
-        base = -(-self._arena.data_ptr() // ALIGNMENT) * ALIGNMENT
+        self._hidden = cast("Buffer | None", hidden)
+        self._arena = torch.empty(_lay_out(recorded, self._hidden) + ALIGNMENT, dtype=torch.uint8)
+        base = self._base = -(-self._arena.data_ptr() // ALIGNMENT) * ALIGNMENT
         self._instructions = [encode(item.kind, item.operands, base) for item in recorded]
         _mark_own(recorded, self._instructions, own)
         _fuse_rotary(recorded, self._instructions)
@@ -152,6 +155,15 @@ class Plan:
         self._run(self._team.handle, self._addresses, len(self._addresses), ctypes.byref(step))
         return logits
 
+    def run_hidden(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """As `run`, and the hidden states, float32 [t, h], valid until the next run."""
+        logits, buffer = self.run(batch), self._hidden
+        assert buffer is not None, "a plan of a whole model"
+        start = self._base - self._arena.data_ptr() + buffer.offset
+        num_bytes = 4 * batch.num_tokens * buffer.shape[1]
+        hidden = self._arena[start : start + num_bytes].view(torch.float32)
+        return logits, hidden.view(batch.num_tokens, buffer.shape[1])
+
 
 def step_of(batch: Batch, logits: Tensor | None = None) -> instructions.Step:
     """The step's struct; the batch must outlive its use."""
@@ -168,6 +180,7 @@ def step_of(batch: Batch, logits: Tensor | None = None) -> instructions.Step:
         batch.block_tables.shape[1],
         *(tensor.data_ptr() for tensor in tensors),
         0 if logits is None else logits.data_ptr(),
+        0 if batch.adapters is None else batch.adapters.data_ptr(),
     )
 
 
@@ -187,13 +200,13 @@ def _value(operand: Operand, arena: int) -> ctypes.Structure | int | float:
     return arena + operand.offset if isinstance(operand, Buffer) else operand.address
 
 
-def _lay_out(recorded: list[Recorded]) -> int:
+def _lay_out(recorded: list[Recorded], kept: Buffer | None) -> int:
     """Give each buffer an offset in the arena: buffers that are never in use at the same time share
-    memory. Returns the arena's bytes."""
+    memory. What is in `kept` stays there until the end. Returns the arena's bytes."""
     last_use: dict[Buffer, int] = {}
     for index, item in enumerate(recorded):
         for buffer in item.buffers():
-            last_use[buffer] = index
+            last_use[buffer] = len(recorded) if buffer is kept else index
     live: list[Buffer] = []  # by offset
     size = 0
     for index, item in enumerate(recorded):

@@ -47,6 +47,12 @@ def supports(t: int, n: int, k: int, dtype: torch.dtype, unit: Unit = DENSE) -> 
     return all(plan_linear(t, n, k, output, gpu, unit) is not None for output in Output)
 
 
+def takes(t: int, matrix: Matrix) -> bool:
+    """`supports`, of a matrix."""
+    dtype = matrix.dtype if isinstance(matrix, Tensor) else torch.bfloat16  # quantized: as well as float16
+    return supports(t, *matrix.shape, dtype, _unit_of(matrix))
+
+
 def linear_parts(x_tk: Tensor, weight: Matrix, bias_n: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias → [p, t, n] float32, to be summed over p; or finished, [t, n] in the dtype of x."""
     plan = plan_for(x_tk, weight, Output.PARTS)
@@ -84,8 +90,7 @@ def gpu_of(device_index: int) -> Gpu:
 def plan_for(x_tk: Tensor, weight: Matrix, output: Output) -> Plan:
     """The layout for these matrices; EngineError where `supports` is false."""
     (t, k), n = x_tk.shape, weight.shape[0]
-    unit = DENSE if isinstance(weight, Tensor) else weight.unit
-    plan = plan_linear(t, n, k, output, gpu_of(x_tk.get_device()), unit)
+    plan = plan_linear(t, n, k, output, gpu_of(x_tk.get_device()), _unit_of(weight))
     if plan is None:
         raise EngineError(f"no kernel for x [{t}, {k}] and w [{n}, {k}]: `supports` was not asked")
     return plan
@@ -100,25 +105,24 @@ def run(
     out: Tensor,
     activation: str = "silu",
     *,
-    overlap: bool | None = None,
+    overlap: bool = True,
 ) -> None:
     """Launches a plan. weight, bias, out: contiguous; weight and bias constant, as they may be read while
-    earlier kernels run. overlap: see `Launch`; None: where that is faster."""
+    earlier kernels run. overlap: see `Launch`."""
     if x_tk.stride(1) != 1 or x_tk.stride(0) % 8 or x_tk.data_ptr() % 16:
         x_tk = x_tk.contiguous()
-    stored = _stored(weight)
-    assert stored.is_contiguous() and out.is_contiguous() and stored.data_ptr() % 16 == 0
-    assert stored is not weight or stored.dtype == x_tk.dtype
+    own = stored(weight)
+    assert own.is_contiguous() and out.is_contiguous() and own.data_ptr() % 16 == 0
+    assert own is not weight or own.dtype == x_tk.dtype
     assert bias_n is None or bias_n.dtype == x_tk.dtype
     assert weight.shape[1] == x_tk.shape[1]
     device_index = x_tk.get_device()
     # The activation makes no difference but to the gated kernel.
     number = ACTIVATIONS[activation] if output is Output.GATED else 0
-    overlap = plan.is_fast_beside_others if overlap is None else overlap
     launch = _launch(plan, output, number, x_tk.dtype, device_index, overlap)
     arguments = launch.arguments
     arguments.x = x_tk.data_ptr()
-    arguments.w = stored.data_ptr()
+    arguments.w = own.data_ptr()
     arguments.bias = None if bias_n is None else bias_n.data_ptr()
     arguments.out = out.data_ptr()
     arguments.scales = weight.scales.data_ptr() if isinstance(weight, EightBitMatrix) else None
@@ -128,7 +132,12 @@ def run(
     launch(device_index)
 
 
-def _stored(weight: Matrix) -> Tensor:
+def _unit_of(matrix: Matrix) -> Unit:
+    return DENSE if isinstance(matrix, Tensor) else matrix.unit
+
+
+def stored(weight: Matrix) -> Tensor:
+    """What a matrix takes of memory, but for its scales."""
     if isinstance(weight, Int4Matrix):
         return weight.units
     return weight.codes if isinstance(weight, EightBitMatrix) else weight

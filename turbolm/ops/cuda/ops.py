@@ -14,22 +14,26 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from turbolm.ops.cuda import decode, eight_bit, int4
+from turbolm.fallbacks import note_fallback
+from turbolm.ops.cuda import eight_bit, int4
+from turbolm.ops.cuda.decode import decode_attention
+from turbolm.ops.cuda.decode_check import kernel_for
 from turbolm.ops.cuda.eight_bit import EightBitMatrix, row_scales
 from turbolm.ops.cuda.upload import Uploader
 from turbolm.ops.cuda.weights import Deferred, DenseLinear, EightBitLinear, Int4Linear, PackedLinear
 from turbolm.ops.triton import rows, sampling
+from turbolm.ops.triton.adapters import add_adapters
+from turbolm.ops.triton.adjustments import adjust
 from turbolm.ops.triton.attention import attention
 
 if TYPE_CHECKING:
-    from turbolm.ops import Activation, AttentionSpec, LayerCache, PreparedLinear, RopeTable
+    from turbolm.ops import Activation, AdapterWeights, AttentionSpec, LayerCache, PreparedLinear, RopeTable
+    from turbolm.ops.adjustments import Adjustments
     from turbolm.types import Batch
     from turbolm.weights import Weight
 
 
 _log = logging.getLogger(__name__)
-
-_MAX_PAIRS = 1 << 17  # sequences x kv heads of a step
 
 
 class CudaOps:
@@ -41,7 +45,6 @@ class CudaOps:
         self.device = device
         self.dtype = dtype
         self._logits: Tensor | None = None  # [rows, v], for all steps
-        self._counters: Tensor | None = None  # of decode attention: int32, all 0 between launches
         self._uploader: Uploader | None = None  # while weights are loaded
 
     def prepare_linear(self, weights: list[Weight], bias: Tensor | None) -> PreparedLinear:
@@ -98,6 +101,12 @@ class CudaOps:
             return cast(Tensor, Deferred(x_tk, weight))
         return weight.multiply(x_tk)
 
+    def add_adapters(self, y_tn: Tensor, x_tk: Tensor, adapters: AdapterWeights, places_t: Tensor) -> Tensor:
+        parts = _parts(y_tn)
+        out = self._empty(x_tk.shape[0], adapters.ends[-1]) if parts is not y_tn else y_tn
+        add_adapters(parts, x_tk, adapters, places_t, out)
+        return out
+
     def prepare_embedding(self, weight: Weight) -> PreparedLinear:
         return DenseLinear(self._stack([weight]), None)
 
@@ -139,17 +148,10 @@ class CudaOps:
 
     def attention(self, qkv_tw: Tensor, batch: Batch, cache: LayerCache, spec: AttentionSpec) -> Tensor:
         out = self._empty(qkv_tw.shape[0], spec.num_heads * spec.v_head_dim)
-        num_decodes = batch.num_decodes
-        if num_decodes and decode.supports(spec, cache):
-            if self._counters is None:
-                self._counters = torch.zeros(_MAX_PAIRS, dtype=torch.int32, device=self.device)
-            tables, contexts = batch.block_tables[:num_decodes], batch.context_lens[:num_decodes]
-            decode.decode_attention(
-                qkv_tw[:num_decodes], tables, contexts, cache, spec, out[:num_decodes], self._counters
-            )
-            attention(qkv_tw, batch, cache, spec, out, skip_decodes=True)
-        else:
-            attention(qkv_tw, batch, cache, spec, out)
+        decode = kernel_for(spec, cache, self.dtype) if batch.num_decodes else None
+        if decode is not None and batch.shares_context:  # it would read what others of these rows have yet to store
+            decode = functools.partial(decode_attention, overlap=False)
+        attention(qkv_tw, batch, cache, spec, out, decode=decode)
         return out
 
     def activate_multiply(self, gate_up_t2f: Tensor, activation: Activation) -> Tensor:
@@ -188,6 +190,9 @@ class CudaOps:
     ) -> Tensor:
         return sampling.sample(logits_rv, temperature_r, top_k_r, top_p_r, min_p_r, uniform_r, has_filters=has_filters)
 
+    def adjust(self, logits_rv: Tensor, counts_sv: Tensor, adjustments: Adjustments, previous_r: Tensor) -> None:
+        adjust(logits_rv, counts_sv, adjustments, previous_r)
+
     def resolve_tokens(self, token_ids_t: Tensor, previous_r: Tensor) -> None:
         rows.resolve_tokens(token_ids_t, previous_r)
 
@@ -198,6 +203,12 @@ class CudaOps:
         if self._uploader is None:
             self._uploader = Uploader(self.device)
         self._uploader.copy(source.contiguous(), target)
+
+    def upload(self, source: Tensor) -> Tensor:
+        """The tensor on the device, through pinned memory."""
+        target = torch.empty(source.shape, dtype=source.dtype, device=self.device)
+        self._copy(source, target)
+        return target
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
@@ -231,7 +242,5 @@ def _unpack_reason(weights: list[Weight], device: torch.device) -> str | None:
     return None
 
 
-@functools.cache
 def _tell_unpacked(name: str, reason: str) -> None:
-    """Once per reason."""
-    _log.warning("%s weights are unpacked to 16 bits: %s", name, reason)
+    note_fallback(_log, f"{name} weights are unpacked to 16 bits: {reason}")

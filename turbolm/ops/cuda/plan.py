@@ -15,7 +15,6 @@ MAX_TOKENS = 64
 X_BUFFERS = 3  # slices of x in shared memory where not all fit
 PREFETCH_BYTES = 64 << 10  # of weights per CTA that are brought into L2 before the kernel waits for x
 MAX_SPLITS = 16
-LARGE = 64 << 20  # bytes of weights
 
 _SUM_ROW = 20  # floats per token in what warps exchange: 16 and padding
 _RESERVED_SHARED = 1024  # bytes per CTA that the system takes
@@ -120,7 +119,6 @@ TILES = tuple(
 INT4_TILES = tuple(
     Tile(*sizes)
     for sizes in (
-        *((8, m, 16 // m, 2, depth) for m in (1, 2, 4) for depth in (2, 3)),
         *((8, m, 8 // m, 2, depth) for m in (1, 2, 4) for depth in (2, 4)),
         *((8, 2, 4, 1, 4), (8, 4, 2, 1, 4), (8, 1, 8, 1, 4)),
         *((16, m, 8 // m, 2, depth) for m in (1, 2, 4) for depth in (2, 4)),
@@ -207,12 +205,6 @@ class Plan:
         left = max(0, self.cta_tiles - self.tile.pass_tiles)
         tiles = min(left, self.prefetch_bytes // (self.cta_units * unit_bytes))
         return self.tile.pass_tiles, tiles, 0, self.cta_units
-
-    @property
-    def is_fast_beside_others(self) -> bool:
-        """Whether the kernel gains by starting while the one before it runs. A large product of 16 bits is slower so
-        (8B gate and up at one row: 67 µs instead of 60)."""
-        return not self.tile.unit.is_dense or self.num_bytes <= LARGE
 
     @property
     def x_bytes(self) -> int:
@@ -303,7 +295,7 @@ def plan_linear(num_tokens: int, n: int, k: int, output: Output, gpu: Gpu, unit:
         for splits in range(1, max_splits + 1):
             cta_tiles = -(-num_tiles // min(num_tiles, gpu.num_sms // splits))
             groups = -(-num_tiles // cta_tiles)
-            alone = not unit.is_dense and needs_sm(groups * splits, gpu)
+            alone = needs_sm(groups * splits, gpu)
             plans.append(Plan(tile, groups, splits, num_tiles, num_units, resident=True, alone=alone))
             if plans[-1].cta_units > X_BUFFERS * tile.slice_units:
                 plans.append(replace(plans[-1], resident=False))

@@ -28,7 +28,8 @@ _MAX_SENT = 4096  # rows that arrive in one sum from all ranks together
 
 class GpuCollectives(Collectives, Protocol):
     def share(self, num_bytes: int) -> peers.PeerMemory | None:
-        """Memory of all ranks, of the same size; None where GPUs can't reach each other's."""
+        """Memory of all ranks, of the same size, zeros; None where GPUs can't reach each other's. Comes back when all
+        ranks have called it, and have written what they were to write before that."""
 
 
 @dataclass(slots=True)
@@ -68,20 +69,28 @@ class ShardedCudaOps(CudaOps):
     def finish_loading(self, num_rows: int, num_logits: int) -> None:
         """Waits for the other ranks."""
         super().finish_loading(num_rows, num_logits)
+        if self._table is not None and not self._share_table():
+            return
         size, rank = self._collectives.size, self._collectives.rank
         max_rows = _MAX_SENT // size
+        # When this has come back, all ranks' tables are written.
         memory = self._collectives.share(peers.Inbox.num_bytes(size, max_rows, self._hidden_size, self.dtype))
         if memory is None:
+            assert self._tables is None, "the tables could be shared"
             return
         counts = torch.zeros(max_rows, dtype=torch.int64, device=self.device)
         self._inbox = peers.Inbox(memory, counts, rank, size, max_rows, self._hidden_size, self.dtype)
-        if self._table is not None:
-            own = self._table.weight
-            self._tables = self._collectives.share(own.numel() * own.element_size())
-            assert self._tables is not None, "the inbox could be shared"
-            self._table.weight = self._tables.local.view(self.dtype).view(own.shape).copy_(own)
         if num_logits % int(GROUP.value) == 0:
             self._share_logits(num_rows, num_logits)
+
+    def _share_table(self) -> bool:
+        """This rank's table to where the others can read it, once they know that it is written; False: they can't."""
+        assert self._table is not None
+        own = self._table.weight
+        self._tables = self._collectives.share(own.numel() * own.element_size())
+        if self._tables is not None:
+            self._table.weight = self._tables.local.view(self.dtype).view(own.shape).copy_(own)
+        return self._tables is not None
 
     def _share_logits(self, num_rows: int, width: int) -> None:
         """`width`: of this rank's part."""

@@ -33,47 +33,76 @@ _WIDE_ROWS = 768  # up to which weights of 4 bits are unpacked in the product
 _UNPACKED_BYTES = 256 << 20  # of weights at a time, beyond that: most matrices whole
 
 
-@dataclass(slots=True)
-class DenseLinear:
-    """Matrices stacked by output rows, in the dtype of the activations."""
+class RowLinear:
+    """Matrices stacked by output rows that lie as rows: the kernel for few rows, and for more what subclasses have."""
 
-    weight: Tensor  # [n, k]
+    __slots__ = ()
+    matrix: few.Matrix
     bias: Tensor | None  # [n]
 
     @property
     def out_features(self) -> int:
-        return int(self.weight.shape[0])
+        return int(self.matrix.shape[0])
 
     @property
     def in_features(self) -> int:
-        return int(self.weight.shape[1])
+        return int(self.matrix.shape[1])
 
     @property
     def num_bytes(self) -> int:
-        return self.weight.numel() * self.weight.element_size()
+        stored = few.stored(self.matrix)
+        return stored.numel() * stored.element_size()
 
     def is_deferred(self, num_rows: int) -> bool:
         """Whether `parts` and `gated` are the fastest, and allowed."""
-        limit = _FEW_ROWS if self.num_bytes > _LARGE else _FEW_ROWS_OF_SMALL
-        return num_rows <= limit and few.supports(num_rows, *self.weight.shape, self.weight.dtype)
+        return num_rows <= self._few_rows() and few.takes(num_rows, self.matrix)
+
+    def _few_rows(self) -> int:
+        return _FEW_ROWS
 
     def multiply(self, x_tk: Tensor) -> Tensor:
-        return F.linear(x_tk, self.weight, self.bias)
+        """[t, n]"""
+        raise NotImplementedError
 
     def parts(self, x_tk: Tensor) -> Tensor:
         """[p, t, n] float32, to be summed over p; or finished [t, n]."""
-        return few.linear_parts(x_tk, self.weight, self.bias)
+        return few.linear_parts(x_tk, self.matrix, self.bias)
 
     def gated(self, x_tk: Tensor, activation: Activation) -> Tensor:
         """activation(first half of n) * second half → [t, f]; without a bias."""
-        return few.linear_gated(x_tk, self.weight, activation)
+        return few.linear_gated(x_tk, self.matrix, activation)
 
     def logits(self, x_tk: Tensor, out_tn: Tensor) -> None:
         """Into float32 [t, n]."""
         if self.is_deferred(x_tk.shape[0]):
-            few.linear_logits(x_tk, self.weight, out_tn)
+            few.linear_logits(x_tk, self.matrix, out_tn)
         else:
-            torch.mm(x_tk, self.weight.T, out_dtype=torch.float32, out=out_tn)
+            self._multiply_into(x_tk, out_tn)
+
+    def _multiply_into(self, x_tk: Tensor, out_tn: Tensor) -> None:
+        """Without a bias, into float32."""
+        raise NotImplementedError
+
+
+@dataclass(slots=True)
+class DenseLinear(RowLinear):
+    """In the dtype of the activations."""
+
+    weight: Tensor  # [n, k]
+    bias: Tensor | None
+
+    @property
+    def matrix(self) -> Tensor:  # type: ignore[override]
+        return self.weight
+
+    def _few_rows(self) -> int:
+        return _FEW_ROWS if self.num_bytes > _LARGE else _FEW_ROWS_OF_SMALL
+
+    def multiply(self, x_tk: Tensor) -> Tensor:
+        return F.linear(x_tk, self.weight, self.bias)
+
+    def _multiply_into(self, x_tk: Tensor, out_tn: Tensor) -> None:
+        torch.mm(x_tk, self.weight.T, out_dtype=torch.float32, out=out_tn)
 
 
 @dataclass(slots=True)
@@ -100,7 +129,7 @@ class Int4Linear:
         """Whether `parts` and `gated` are the fastest, and allowed."""
         if wide.supports(self.matrix.units.get_device()):
             return num_rows <= _WIDE_ROWS
-        return num_rows <= MAX_TOKENS and few.supports(num_rows, *self.matrix.shape, torch.bfloat16, self.matrix.unit)
+        return num_rows <= MAX_TOKENS and few.takes(num_rows, self.matrix)
 
     def multiply(self, x_tk: Tensor) -> Tensor:
         """[t, n], by products of 16-bit weights."""
@@ -169,49 +198,19 @@ def _multiply_into(x_tk: Tensor, weight: Tensor, out_tn: Tensor) -> None:
 
 
 @dataclass(slots=True)
-class EightBitLinear:
-    """Matrices of 8 bits stacked by output rows. Beyond few rows, activations are rounded to 8 bits, too."""
+class EightBitLinear(RowLinear):
+    """Of 8 bits. Beyond few rows, activations are rounded to 8 bits, too."""
 
     matrix: EightBitMatrix
-    bias: Tensor | None  # [n]
-
-    @property
-    def out_features(self) -> int:
-        return self.matrix.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.matrix.shape[1]
-
-    @property
-    def num_bytes(self) -> int:
-        return self.matrix.codes.numel()
-
-    def is_deferred(self, num_rows: int) -> bool:
-        """Whether `parts` and `gated` are the fastest, and allowed."""
-        unit = self.matrix.unit
-        return num_rows <= _FEW_ROWS and few.supports(num_rows, *self.matrix.shape, torch.bfloat16, unit)
+    bias: Tensor | None
 
     def multiply(self, x_tk: Tensor) -> Tensor:
-        """[t, n]"""
         out = x_tk.new_empty((x_tk.shape[0], self.out_features))
         self._multiply_rounded(x_tk, self.bias, out)
         return out
 
-    def parts(self, x_tk: Tensor) -> Tensor:
-        """[p, t, n] float32, to be summed over p; or finished [t, n]."""
-        return few.linear_parts(x_tk, self.matrix, self.bias)
-
-    def gated(self, x_tk: Tensor, activation: Activation) -> Tensor:
-        """activation(first half of n) * second half → [t, f]; without a bias."""
-        return few.linear_gated(x_tk, self.matrix, activation)
-
-    def logits(self, x_tk: Tensor, out_tn: Tensor) -> None:
-        """Into float32 [t, n]."""
-        if self.is_deferred(x_tk.shape[0]):
-            few.linear_logits(x_tk, self.matrix, out_tn)
-        else:
-            self._multiply_rounded(x_tk, None, out_tn)
+    def _multiply_into(self, x_tk: Tensor, out_tn: Tensor) -> None:
+        self._multiply_rounded(x_tk, None, out_tn)
 
     def _multiply_rounded(self, x_tk: Tensor, bias: Tensor | None, out_tn: Tensor) -> None:
         codes, scales = self.matrix.codes, self.matrix.scales

@@ -12,6 +12,7 @@ goes to the prefill kernel.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache as remembered
 
@@ -32,6 +33,10 @@ FEW_ROWS = 64  # query rows (tokens x heads of a group) up to which a chunk goes
 CUDNN_ROWS = 2048  # tokens from which a chunk without cached context goes to cuDNN, a call for each
 _MAX_PAIRS = 1 << 17  # sequences x kv heads of a step
 
+#: Attention of decodes: (q rows, block tables, context lens, cache, spec, out, counters), as `decode_attention` of
+#: decode.py has them.
+Decode = Callable[[Tensor, Tensor, Tensor, LayerCache, AttentionSpec, Tensor, Tensor], None]
+
 
 @dataclass(slots=True)
 class _Gpu:
@@ -45,7 +50,7 @@ class _Gpu:
 
 
 @remembered
-def _gpu(device: torch.device) -> _Gpu:
+def gpu_of(device: torch.device) -> _Gpu:
     """Made by the first call on a device, which must not be under graph capture."""
     counters = torch.zeros(_MAX_PAIRS, dtype=torch.int32, device=device)
     if device.type != "cuda":  # the interpreter
@@ -61,15 +66,21 @@ def _gpu(device: torch.device) -> _Gpu:
 
 
 def attention(
-    qkv_tw: Tensor, batch: Batch, cache: LayerCache, spec: AttentionSpec, out: Tensor, *, skip_decodes: bool = False
+    qkv_tw: Tensor,
+    batch: Batch,
+    cache: LayerCache,
+    spec: AttentionSpec,
+    out: Tensor,
+    *,
+    decode: Decode | None = None,
 ) -> None:
     """`Ops.attention` into out [t, num_heads * v_head_dim]. K and V of this step are in the cache. One call at a
     time per device, on one stream: divided work is counted in memory that calls share.
 
     The first `batch.num_decodes` sequences have one row each; those whose context is 0 get zeros. `batch.chunks`
-    are the rest. skip_decodes: those were computed by another kernel.
+    are the rest. decode: what computes decodes instead of decode.py.
     """
-    gpu = _gpu(qkv_tw.device)
+    gpu = gpu_of(qkv_tw.device)
     assert batch.num_sequences * spec.num_kv_heads <= _MAX_PAIRS
     first = batch.num_decodes
     tables, contexts, starts = batch.block_tables[first:], batch.context_lens[first:], batch.query_start[first:]
@@ -83,7 +94,10 @@ def attention(
             max_context=batch.max_context, query_start=starts, max_query=longest, pdl=gpu.pdl,
         )  # fmt: skip
 
-    if first and not skip_decodes:
+    if first and decode is not None:
+        tables_of_decodes, contexts_of_decodes = batch.block_tables[:first], batch.context_lens[:first]
+        decode(qkv_tw[:first], tables_of_decodes, contexts_of_decodes, cache, spec, out[:first], gpu.counters)
+    elif first:
         few(batch.block_tables[:first], batch.context_lens[:first])
     if not batch.chunks:
         return

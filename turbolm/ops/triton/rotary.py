@@ -57,12 +57,12 @@ def _fp8(x):
 
 @triton.jit
 def _store_codes(
-    heads, pool, scales, slot, head, is_head, block_stride, head_stride, DIM: tl.constexpr, NUM_HEADS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, LEVEL: tl.constexpr, PAIRED: tl.constexpr,
+    heads, pool, scales, fixed, slot, head, is_head, block_stride, head_stride, DIM: tl.constexpr,
+    NUM_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, LEVEL: tl.constexpr, FIXED: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
     """`heads` [head] point at heads of DIM finished numbers; their codes go to `pool` (bytes), and where there are
     such, scales and minimums to `scales` [blocks, NUM_HEADS, BLOCK_SIZE, 2]. LEVEL: the largest code; 0: fp8.
-    PAIRED: two tokens side by side."""
+    FIXED: those are its head's in `fixed` [NUM_HEADS, 2]. PAIRED: two tokens side by side."""
     HALF: tl.constexpr = DIM // 2
     index = tl.arange(0, triton.next_power_of_2(HALF))
     mask = is_head[:, None] & (index < HALF)[None, :]
@@ -72,10 +72,14 @@ def _store_codes(
     if LEVEL == 0:
         first, second = _fp8(first), _fp8(second)
     else:
-        low = tl.where(is_head, tl.min(tl.where(mask, tl.minimum(first, second), float("inf")), 1), 0.0)
-        high = tl.where(is_head, tl.max(tl.where(mask, tl.maximum(first, second), float("-inf")), 1), 0.0)
-        scale = tl.div_rn(high - low, tl.full(low.shape, LEVEL, tl.float32)).to(tl.float16)
-        minimum = low.to(tl.float16)
+        if FIXED:
+            scale = tl.load(fixed + head * 2, mask=is_head, other=1.0)
+            minimum = tl.load(fixed + head * 2 + 1, mask=is_head, other=0.0)
+        else:
+            low = tl.where(is_head, tl.min(tl.where(mask, tl.minimum(first, second), float("inf")), 1), 0.0)
+            high = tl.where(is_head, tl.max(tl.where(mask, tl.maximum(first, second), float("-inf")), 1), 0.0)
+            scale = tl.div_rn(high - low, tl.full(low.shape, LEVEL, tl.float32)).to(tl.float16)
+            minimum = low.to(tl.float16)
         at = scales + ((slot // BLOCK_SIZE * NUM_HEADS + head) * BLOCK_SIZE + slot % BLOCK_SIZE) * 2
         tl.store(at, scale, mask=is_head)
         tl.store(at + 1, minimum, mask=is_head)
@@ -96,10 +100,10 @@ def _store_codes(
 
 @triton.jit
 def _finish_heads(
-    parts, out, norm, cos, sin, positions, slots, pool, scales, part_stride, block_stride, head_stride, token_stride,
-    eps, row, first_head, column, NUM_HEADS: tl.constexpr, DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
-    INTERLEAVED: tl.constexpr, NORM: tl.constexpr, CACHED: tl.constexpr, LEVEL: tl.constexpr, PAIRED: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, NUM_PARTS: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr,
+    parts, out, norm, cos, sin, positions, slots, pool, scales, fixed, part_stride, block_stride, head_stride,
+    token_stride, eps, row, first_head, column, NUM_HEADS: tl.constexpr, DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr, NORM: tl.constexpr, CACHED: tl.constexpr, LEVEL: tl.constexpr, FIXED: tl.constexpr,
+    PAIRED: tl.constexpr, BLOCK_SIZE: tl.constexpr, NUM_PARTS: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Heads first_head … of a token's q, k or v. `parts` and `out` point at the token's row, whose `column`
     is the first of head 0. CACHED: they go to the cache; as numbers if LEVEL is below 0, else as codes."""
@@ -162,19 +166,20 @@ def _finish_heads(
     if CACHED and LEVEL >= 0:
         tl.debug_barrier()  # the row is read by other threads than wrote it
         _store_codes(
-            out + start, pool, scales, slot, head, is_head & is_stored, block_stride, head_stride, DIM, NUM_HEADS,
-            BLOCK_SIZE, LEVEL, PAIRED,
+            out + start, pool, scales, fixed, slot, head, is_head & is_stored, block_stride, head_stride, DIM,
+            NUM_HEADS, BLOCK_SIZE, LEVEL, FIXED, PAIRED,
         )  # fmt: skip
 
 
 @triton.jit
 def _rotary_store_kernel(
-    parts, out, q_norm, k_norm, cos, sin, positions, slots, k_pool, v_pool, k_scales, v_scales,
+    parts, out, q_norm, k_norm, cos, sin, positions, slots, k_pool, v_pool, k_scales, v_scales, k_range, v_range,
     part_stride, row_stride, out_stride, k_block_stride, k_head_stride, k_token_stride,
     v_block_stride, v_head_stride, v_token_stride, eps,
     NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
     INTERLEAVED: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, K_LEVEL: tl.constexpr,
-    V_LEVEL: tl.constexpr, BLOCK_SIZE: tl.constexpr, NUM_PARTS: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr,
+    V_LEVEL: tl.constexpr, K_FIXED: tl.constexpr, V_FIXED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    NUM_PARTS: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """parts [NUM_PARTS, t, w] → out [t, w] and the pools: HEADS heads of a token per program."""
     row = tl.program_id(0).to(tl.int64)
@@ -185,23 +190,23 @@ def _rotary_store_kernel(
     target = out + row * out_stride
     if group < Q_GROUPS:
         _finish_heads(
-            source, target, q_norm, cos, sin, positions, slots, k_pool, k_scales, part_stride, 0, 0, 0,
-            eps, row, group * HEADS, 0, NUM_HEADS, DIM, ROTARY_DIM, INTERLEAVED, Q_NORM, False, K_LEVEL, False,
+            source, target, q_norm, cos, sin, positions, slots, k_pool, k_scales, k_range, part_stride, 0, 0, 0,
+            eps, row, group * HEADS, 0, NUM_HEADS, DIM, ROTARY_DIM, INTERLEAVED, Q_NORM, False, K_LEVEL, K_FIXED, False,
             BLOCK_SIZE, NUM_PARTS, HEADS, PDL,
         )  # fmt: skip
     elif group < Q_GROUPS + KV_GROUPS:
         _finish_heads(
-            source, target, k_norm, cos, sin, positions, slots, k_pool, k_scales, part_stride,
+            source, target, k_norm, cos, sin, positions, slots, k_pool, k_scales, k_range, part_stride,
             k_block_stride, k_head_stride, k_token_stride, eps,
             row, (group - Q_GROUPS) * HEADS, NUM_HEADS * DIM, KV_HEADS, DIM, ROTARY_DIM, INTERLEAVED, K_NORM, True,
-            K_LEVEL, False, BLOCK_SIZE, NUM_PARTS, HEADS, PDL,
+            K_LEVEL, K_FIXED, False, BLOCK_SIZE, NUM_PARTS, HEADS, PDL,
         )  # fmt: skip
     else:
         _finish_heads(
-            source, target, k_norm, cos, sin, positions, slots, v_pool, v_scales, part_stride,
+            source, target, k_norm, cos, sin, positions, slots, v_pool, v_scales, v_range, part_stride,
             v_block_stride, v_head_stride, v_token_stride, eps,
             row, (group - Q_GROUPS - KV_GROUPS) * HEADS, (NUM_HEADS + KV_HEADS) * DIM, KV_HEADS, V_DIM, 0, False,
-            False, True, V_LEVEL, True, BLOCK_SIZE, NUM_PARTS, HEADS, PDL,
+            False, True, V_LEVEL, V_FIXED, True, BLOCK_SIZE, NUM_PARTS, HEADS, PDL,
         )  # fmt: skip
 
 
@@ -232,12 +237,14 @@ def rotary_store(
     _rotary_store_kernel[(num_tokens, groups)](
         qkv_parts, out_tw, out_tw if q_norm is None else q_norm, out_tw if k_norm is None else k_norm, cos, sin,
         positions_t, slots_t, k_pool, v_pool, out_tw if cache.k_scales is None else cache.k_scales,
-        out_tw if cache.v_scales is None else cache.v_scales, part_stride, row_stride, out_tw.stride(0),
+        out_tw if cache.v_scales is None else cache.v_scales, out_tw if cache.k_range is None else cache.k_range,
+        out_tw if cache.v_range is None else cache.v_range, part_stride, row_stride, out_tw.stride(0),
         *cache.k.stride()[:3], *cache.v.stride()[:3], eps,
         NUM_HEADS=spec.num_heads, KV_HEADS=spec.num_kv_heads, DIM=spec.head_dim, V_DIM=spec.v_head_dim,
         ROTARY_DIM=0 if rope is None else rope.rotary_dim, INTERLEAVED=rope is not None and rope.interleaved,
         Q_NORM=q_norm is not None, K_NORM=k_norm is not None,
         K_LEVEL=_level(cache.kind_k), V_LEVEL=_level(cache.kind_v),
+        K_FIXED=cache.k_range is not None, V_FIXED=cache.v_range is not None,
         BLOCK_SIZE=cache.block_size, NUM_PARTS=num_parts, HEADS=heads, num_warps=max(1, min(8, heads * width // 512)),
         **pdl_options(out_tw.device),
     )  # fmt: skip

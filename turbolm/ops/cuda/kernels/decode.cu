@@ -15,26 +15,33 @@
 // A pair that a cut divides is put together first by the warps of a CTA, whose shares lie side by side, then
 // by the CTA that finishes last, in the order of the context: results don't depend on who that is.
 //
-// Constants of the compiler's command line: ELEMENT_FP16, DIM (64, 128 or 256, of K and of V), GROUP (query heads
-// per kv head, up to 8), KV_HEADS, BLOCK_SIZE (a multiple of 16), WARPS, DEPTH, WINDOW (0: none), SOFTCAP (0 or 1).
+// With codes instead of numbers (codes.cuh) rows are shorter, those of V hold two positions each, and a tile has its
+// scales beside it.
+//
+// Constants of the compiler's command line: ELEMENT_FP16, CODES (0: K and V are elements; 1: int8, 2: int4, 3: fp8),
+// DIM (64, 128 or 256, of K and of V), GROUP (query heads per kv head, up to 8), KV_HEADS, BLOCK_SIZE (a multiple of
+// 16), WARPS, DEPTH, WINDOW (0: none), SOFTCAP (0 or 1).
 
 #include "ptx.cuh"
 #include "warp.cuh"
 
 constexpr int TILE = 16;
-constexpr int K_PARTS = DIM / 32, V_PARTS = DIM / 64;
-constexpr int ROW_BYTES = DIM * 2;
+constexpr int V_PARTS = DIM / 64;
+constexpr int ROW_BYTES = CODES == 0 ? DIM * 2 : CODES == 2 ? DIM / 2 : DIM;  // of a position
 constexpr int COPIES = TILE * ROW_BYTES / 512;  // of K, and of V
 constexpr int COPY_ROWS = TILE / COPIES;
-constexpr int SLOT_BYTES = 2 * TILE * ROW_BYTES;  // K, then V
+constexpr int SCALES_AT = 2 * TILE * ROW_BYTES;                              // in a slot, behind K and V
+constexpr int SLOT_BYTES = SCALES_AT + (CODES == 1 || CODES == 2 ? TILE * 8 : 0);  // of K's, then V's
 constexpr int RING_BYTES = DEPTH * SLOT_BYTES;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float NOTHING = -1e30f;  // the peak of no logit: finite, so that no difference is NaN
 
 struct Arguments {
     const u16* q;         // [sequences, ·]: query heads of DIM, rows q_stride apart
-    const u16* k;         // [blocks, KV_HEADS, BLOCK_SIZE, DIM]
-    const u16* v;         // the same
+    const char* k;        // [blocks, KV_HEADS, BLOCK_SIZE, DIM]
+    const char* v;        // the same; codes [blocks, KV_HEADS, BLOCK_SIZE / 2, bytes of a position, 2]
+    const u32* k_scales;  // [blocks, KV_HEADS, BLOCK_SIZE]: scale and minimum, float16, of int8 and int4
+    const u32* v_scales;
     const int* tables;    // [sequences, ·] block ids, rows table_stride apart
     const int* contexts;  // [sequences] positions; 0: the row becomes zeros
     u16* out;             // [sequences, ·], rows out_stride apart
@@ -56,8 +63,9 @@ __device__ __forceinline__ int tiles_of(int context) {
 
 // Bits by which the place of a row's pieces of 16 bytes is changed. A quarter of a warp reads 4 neighbouring pieces of
 // 2 neighbouring rows of K, and 2 neighbouring pieces of 4 rows of V, every other one.
-__host__ __device__ constexpr int k_swizzle(int row) { return (row & 1) * 64; }
-__host__ __device__ constexpr int v_swizzle(int row) { return (row >> 1 & 3) * 32; }
+// Of codes it is 4 rows of V; rows of 64 bytes of K lie right as they are.
+__host__ __device__ constexpr int k_swizzle(int row) { return ROW_BYTES % 128 ? 0 : (row & 1) * 64; }
+__host__ __device__ constexpr int v_swizzle(int row) { return ((CODES ? row : row >> 1) & 3) * 32; }
 
 // Which tile of which pair.
 struct Place {
@@ -155,11 +163,18 @@ struct Reader {
         if (left > 0) {
             const int position = place.first_position(), valid = place.context - position;
             const int block = from_lane(blocks, (position / BLOCK_SIZE - base) & 31);
-            const long long at = ((long long)block * KV_HEADS + place.head) * (BLOCK_SIZE * DIM) +
-                                 position % BLOCK_SIZE * DIM;
-            const int row = lane / (32 / COPY_ROWS), bytes = lane % (32 / COPY_ROWS) * 16 + row * ROW_BYTES;
-            copy_rows<0>(to + (bytes ^ k_swizzle(row)), a.k + at + lane * 8, valid - row);
-            copy_rows<COPIES>(to + (bytes ^ v_swizzle(row)), a.v + at + lane * 8, valid - row);
+            const long long pair = (long long)block * KV_HEADS + place.head;
+            const long long at = pair * (BLOCK_SIZE * ROW_BYTES) + position % BLOCK_SIZE * ROW_BYTES + lane * 16;
+            // A lane's first row, of positions; of V with codes the first of two.
+            const int row = lane / (32 / COPY_ROWS), v_row = CODES ? row & ~1 : row;
+            copy_rows<0>(to + (lane * 16 ^ k_swizzle(row)), a.k + at, valid - row);
+            copy_rows<COPIES>(to + (lane * 16 ^ v_swizzle(CODES ? row / 2 : row)), a.v + at, valid - v_row);
+#if CODES == 1 || CODES == 2
+            if (lane < 8) {
+                const u32* scales = (lane < 4 ? a.k_scales : a.v_scales) + pair * BLOCK_SIZE + position % BLOCK_SIZE;
+                copy_async_or_zero<SCALES_AT, 0>(to + lane * 16, scales + lane % 4 * 4, valid > lane % 4 * 4);
+            }
+#endif
             left--;
             advance(a, lane);
         }
@@ -167,9 +182,10 @@ struct Reader {
     }
     // From the FIRST-th copy of a slot on, all of K or of V; `rows` of this lane's are there.
     template <int FIRST, int I = 0>
-    __device__ static __forceinline__ void copy_rows(u32 to, const u16* from, int rows) {
+    __device__ static __forceinline__ void copy_rows(u32 to, const char* from, int rows) {
         if constexpr (I < COPIES) {
-            constexpr int ROW = I * COPY_ROWS, SWIZZLE = FIRST == 0 ? k_swizzle(ROW) : v_swizzle(ROW);
+            constexpr int ROW = I * COPY_ROWS;
+            constexpr int SWIZZLE = FIRST == 0 ? k_swizzle(ROW) : v_swizzle(CODES ? ROW / 2 : ROW);
             copy_async_or_zero<(FIRST + I) * 512, I * 512>(to ^ SWIZZLE, from, rows > ROW);
             copy_rows<FIRST, I + 1>(to, from, rows);
         }
@@ -182,6 +198,11 @@ struct Reader {
         if (place.sequence != sequence || block < base || block >= base + 32) find_blocks(a, lane);
     }
 };
+
+#if CODES
+#include "codes.cuh"
+#else
+constexpr int K_PARTS = DIM / 32;
 
 // The online softmax of one pair over some of its tiles (Milakov and Gimelshein, 2018), in powers of two. Lane
 // (g, c): row g; of the result dimensions 64h + 16c .. + 15 as sums[8h + i][e], i + 8e being the last four bits.
@@ -239,8 +260,8 @@ struct State {
             weights[r] = power_of_two(weights[r] - base);
             total += weights[r];
         }
-        add_values(slot + TILE * ROW_BYTES + 2 * c * ROW_BYTES + (g * 16 ^ v_swizzle(2 * c)), pack_elements(weights[0], weights[1]),
-                   pack_elements(weights[2], weights[3]));
+        const u32 values = slot + TILE * ROW_BYTES + 2 * c * ROW_BYTES + (g * 16 ^ v_swizzle(2 * c));
+        add_values(values, pack_elements(weights[0], weights[1]), pack_elements(weights[2], weights[3]));
     }
 
     // To a higher peak.
@@ -279,92 +300,116 @@ struct State {
         total += from_lane_xor(total, 1);
         total += from_lane_xor(total, 2);
     }
+
+    // Dimension 16c + 8 * run + i of the h-th 64; finished.
+    __device__ __forceinline__ float value(int h, int run, int i) const { return sums[h * 8 + i][run]; }
+    __device__ __forceinline__ float peak_of(int) const { return peak; }
+    __device__ __forceinline__ float total_of(int) const { return total; }
 };
 
-// A finished part of a pair, with the lane's values as State has them.
+// What a lane holds of results: two runs of 8 dimensions of every 64, of one head.
+__device__ __forceinline__ int head_of_run(int, int lane) { return lane >> 2; }
+__device__ __forceinline__ int dimension_of_run(int run, int lane) { return (lane & 3) * 16 + run * 8; }
+#endif
+
+// A finished part of a pair: the two runs of 8 dimensions of every 64 that this lane's State has.
 struct Part {
-    float peak, total;
-    float values[V_PARTS][16];
+    float peak[2], total[2];  // of each run's head
+    float values[V_PARTS][2][8];
 
     __device__ __forceinline__ void clear() {
-        peak = NOTHING;
-        total = 0.0f;
 #pragma unroll
-        for (int h = 0; h < V_PARTS; h++)
+        for (int run = 0; run < 2; run++) {
+            peak[run] = NOTHING;
+            total[run] = 0.0f;
 #pragma unroll
-            for (int i = 0; i < 16; i++) values[h][i] = 0.0f;
+            for (int h = 0; h < V_PARTS; h++)
+#pragma unroll
+                for (int i = 0; i < 8; i++) values[h][run][i] = 0.0f;
+        }
     }
-    __device__ __forceinline__ void add(float other_peak, float other_total, const float (&other)[V_PARTS][16]) {
-        const float highest = fmaxf(peak, other_peak), base = highest == NOTHING ? 0.0f : highest;
-        const float shrink = power_of_two(peak - base), factor = power_of_two(other_peak - base);
-        total = total * shrink + other_total * factor;
+    __device__ __forceinline__ void add(int run, float other_peak, float other_total,
+                                        const float (&other)[V_PARTS][8]) {
+        const float highest = fmaxf(peak[run], other_peak), base = highest == NOTHING ? 0.0f : highest;
+        const float shrink = power_of_two(peak[run] - base), factor = power_of_two(other_peak - base);
+        total[run] = total[run] * shrink + other_total * factor;
 #pragma unroll
         for (int h = 0; h < V_PARTS; h++)
 #pragma unroll
-            for (int i = 0; i < 16; i++) values[h][i] = values[h][i] * shrink + other[h][i] * factor;
-        peak = highest;
+            for (int i = 0; i < 8; i++) values[h][run][i] = values[h][run][i] * shrink + other[h][i] * factor;
+        peak[run] = highest;
     }
     // To memory of [GROUP, DIM] floats and [GROUP, 2].
     __device__ __forceinline__ void keep(float* parts, float* stats, int lane) const {
-        const int g = lane >> 2, c = lane & 3;
-        if (g >= GROUP) return;
-        if (c == 0) {
-            stats[2 * g] = peak;
-            stats[2 * g + 1] = total;
+#pragma unroll
+        for (int run = 0; run < 2; run++) {
+            const int head = head_of_run(run, lane), dimension = dimension_of_run(run, lane);
+            if (head >= GROUP) continue;
+            if (dimension == 0) {
+                stats[2 * head] = peak[run];
+                stats[2 * head + 1] = total[run];
+            }
+#pragma unroll
+            for (int h = 0; h < V_PARTS; h++)
+#pragma unroll
+                for (int i = 0; i < 8; i += 4)
+                    *reinterpret_cast<float4*>(parts + head * DIM + h * 64 + dimension + i) =
+                        float4{values[h][run][i], values[h][run][i + 1], values[h][run][i + 2], values[h][run][i + 3]};
         }
-#pragma unroll
-        for (int h = 0; h < V_PARTS; h++)
-#pragma unroll
-            for (int i = 0; i < 16; i += 4)
-                *reinterpret_cast<float4*>(parts + g * DIM + h * 64 + c * 16 + i) =
-                    float4{values[h][i], values[h][i + 1], values[h][i + 2], values[h][i + 3]};
     }
     // FRESH: from other CTAs, else from shared memory.
     template <bool FRESH>
     __device__ __forceinline__ void add_kept(const float* parts, const float* stats, int lane) {
-        const int g = lane >> 2, c = lane & 3;
-        if (g >= GROUP) return;
-        float other[V_PARTS][16];
 #pragma unroll
-        for (int h = 0; h < V_PARTS; h++)
+        for (int run = 0; run < 2; run++) {
+            const int head = head_of_run(run, lane), dimension = dimension_of_run(run, lane);
+            if (head >= GROUP) continue;
+            float other[V_PARTS][8];
 #pragma unroll
-            for (int i = 0; i < 16; i += 4) {
-                const float* from = parts + g * DIM + h * 64 + c * 16 + i;
-                const float4 four = FRESH ? read_fresh(from) : *reinterpret_cast<const float4*>(from);
-                other[h][i] = four.x, other[h][i + 1] = four.y, other[h][i + 2] = four.z, other[h][i + 3] = four.w;
-            }
-        stats += 2 * g;
-        add(FRESH ? read_fresh_float(stats) : stats[0], FRESH ? read_fresh_float(stats + 1) : stats[1], other);
+            for (int h = 0; h < V_PARTS; h++)
+#pragma unroll
+                for (int i = 0; i < 8; i += 4) {
+                    const float* from = parts + head * DIM + h * 64 + dimension + i;
+                    const float4 four = FRESH ? read_fresh(from) : *reinterpret_cast<const float4*>(from);
+                    other[h][i] = four.x, other[h][i + 1] = four.y, other[h][i + 2] = four.z, other[h][i + 3] = four.w;
+                }
+            const float* own = stats + 2 * head;
+            add(run, FRESH ? read_fresh_float(own) : own[0], FRESH ? read_fresh_float(own + 1) : own[1], other);
+        }
     }
     __device__ __forceinline__ void store(const Arguments& a, int sequence, int head, int lane) const {
-        const int g = lane >> 2, c = lane & 3;
-        if (g >= GROUP) return;
-        const float factor = total == 0.0f ? 0.0f : 1.0f / total;
-        u16* out = a.out + sequence * a.out_stride + (head * GROUP + g) * DIM + c * 16;
 #pragma unroll
-        for (int h = 0; h < V_PARTS; h++)
+        for (int run = 0; run < 2; run++) {
+            const int row = head_of_run(run, lane);
+            if (row >= GROUP) continue;
+            const float factor = total[run] == 0.0f ? 0.0f : 1.0f / total[run];
+            u16* out = a.out + sequence * a.out_stride + (head * GROUP + row) * DIM + dimension_of_run(run, lane);
 #pragma unroll
-            for (int i = 0; i < 16; i += 8) {
+            for (int h = 0; h < V_PARTS; h++) {
+                const float(&x)[8] = values[h][run];
                 uint4 packed;
-                packed.x = pack_elements(values[h][i] * factor, values[h][i + 1] * factor);
-                packed.y = pack_elements(values[h][i + 2] * factor, values[h][i + 3] * factor);
-                packed.z = pack_elements(values[h][i + 4] * factor, values[h][i + 5] * factor);
-                packed.w = pack_elements(values[h][i + 6] * factor, values[h][i + 7] * factor);
-                *reinterpret_cast<uint4*>(out + h * 64 + i) = packed;
+                packed.x = pack_elements(x[0] * factor, x[1] * factor);
+                packed.y = pack_elements(x[2] * factor, x[3] * factor);
+                packed.z = pack_elements(x[4] * factor, x[5] * factor);
+                packed.w = pack_elements(x[6] * factor, x[7] * factor);
+                *reinterpret_cast<uint4*>(out + h * 64) = packed;
             }
+        }
     }
 };
 
 __device__ __forceinline__ Part part_of(State& state) {
     state.finish();
-    Part part{state.peak, state.total};
+    Part part;
 #pragma unroll
-    for (int h = 0; h < V_PARTS; h++)
+    for (int run = 0; run < 2; run++) {
+        part.peak[run] = state.peak_of(run);
+        part.total[run] = state.total_of(run);
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            part.values[h][i] = state.sums[h * 8 + i][0];
-            part.values[h][i + 8] = state.sums[h * 8 + i][1];
-        }
+        for (int h = 0; h < V_PARTS; h++)
+#pragma unroll
+            for (int i = 0; i < 8; i++) part.values[h][run][i] = state.value(h, run, i);
+    }
     return part;
 }
 

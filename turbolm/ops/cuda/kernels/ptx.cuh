@@ -97,11 +97,16 @@ __device__ __forceinline__ void await(u32* flag) {
     __syncthreads();
 }
 
-__device__ __forceinline__ void multiply_add(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-#if ELEMENT_FP16
+// Of float16, and of elements.
+__device__ __forceinline__ void multiply_add_halves(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void multiply_add(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if ELEMENT_FP16
+    multiply_add_halves(sum, a0, a1, a2, a3, b0, b1);
 #else
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
@@ -134,14 +139,18 @@ __device__ __forceinline__ u32 multiply_pairs(u32 a, u32 b) {
     return product;
 }
 
-__device__ __forceinline__ float to_float(u16 bits) {
+__device__ __forceinline__ float half_to_float(u16 bits) {
     float value;
-#if ELEMENT_FP16
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-#else
-    value = __uint_as_float((u32)bits << 16);
-#endif
     return value;
+}
+
+__device__ __forceinline__ float to_float(u16 bits) {
+#if ELEMENT_FP16
+    return half_to_float(bits);
+#else
+    return __uint_as_float((u32)bits << 16);
+#endif
 }
 
 __device__ __forceinline__ u16 to_element(float value) {

@@ -22,15 +22,50 @@ __device__ __forceinline__ int sum_up_to_lane(int value, int lane) {
     return value;
 }
 
-// `low` and `high` rounded, in one word.
-__device__ __forceinline__ u32 pack_elements(float low, float high) {
+// `low` and `high` rounded, in one word: to float16, and to elements.
+__device__ __forceinline__ u32 pack_halves(float low, float high) {
     u32 pair;
-#if ELEMENT_FP16
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+__device__ __forceinline__ u32 pack_elements(float low, float high) {
+#if ELEMENT_FP16
+    return pack_halves(low, high);
 #else
+    u32 pair;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+#endif
+}
+
+__device__ __forceinline__ float low_half(u32 pair) { return half_to_float((u16)pair); }
+__device__ __forceinline__ float high_half(u32 pair) { return half_to_float((u16)(pair >> 16)); }
+__device__ __forceinline__ float sum_of_halves(u32 pair) { return low_half(pair) + high_half(pair); }
+
+// Bytes 0 and 2, or 1 and 3, as the low bytes of two halves.
+__device__ __forceinline__ u32 even_bytes(u32 bytes) { return bytes & 0x00ff00ff; }
+__device__ __forceinline__ u32 odd_bytes(u32 bytes) { return __byte_perm(bytes, 0, 0x4341); }
+
+// The lower two bytes, e4m3, as float16.
+__device__ __forceinline__ u32 numbers_of_fp8(u32 bytes) {
+    u32 pair;
+#if __CUDA_ARCH__ >= 890
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"((u16)bytes));
+#else
+    pair = 0;  // no variant of fp8 is made for such a GPU
 #endif
     return pair;
+}
+
+// Of an 8 x 8 matrix, of which lane (g, c) has the pair c of row g, the transposed.
+__device__ __forceinline__ u32 transpose(u32 pair) {
+    u32 transposed;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+    return transposed;
+}
+
+__device__ __forceinline__ u32 read_shared_word(u32 address) {
+    return *static_cast<const u32*>(__cvta_shared_to_generic(address));
 }
 
 // Halves of two words in one: the low ones, the high ones.

@@ -7,9 +7,7 @@
 //   x_column, x_place  which 8 k of token g a lane copies for a block of x (512 bytes, 32 k of 8 tokens), and where to
 //             in the block, in 16 bytes
 
-__device__ __forceinline__ u32 word_of(const uint4& words, int i) {
-    return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
-}
+#include "words.cuh"
 
 #if WEIGHTS == 1
 // Products of codes are exact; the scale multiplies a group's sum. All lanes of a warp copy scales for each other.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 PAGES = {
     "README.md": "en", "README.zh-CN.md": "zh", "docs/benchmarks.md": "en", "docs/cpu_benchmarks.md": "en",
-    "docs/quality.md": "en", "docs/quantization.md": "en",
+    "docs/quality.md": "en", "docs/quantization.md": "en", "docs/server.md": "en",
 }  # fmt: skip
 WORDS = {
     "en": {
@@ -195,6 +196,49 @@ def cpu_formats() -> str:
     )
 
 
+def server_streams() -> str:
+    """What the server carries, from server_streams.py: medians of the rounds."""
+    record = result("server_streams")
+    lines = [
+        "| engine | streamed tokens per second | tokens per event | server, µs per token | engine, µs per token |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for title, name in (("isolated", "in a process of its own"), ("one process", "in the server's")):
+        rows = record[title]
+        keys = ("tokens_per_second", "tokens_per_event", "front_us_per_token", "engine_us_per_token")
+        found = [statistics.median(row[key] for row in rows) if key in rows[0] else None for key in keys]
+        cells = [digits(value) if value is not None else "" for value in found]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    machine = record["machine"]
+    about = f"{record['streams']} streams of {record['tokens']} tokens, {machine['cpu']}, {machine['cores']} cores"
+    return "\n".join([*lines, "", f"<sub>{about}, {machine['date'][:10]}</sub>"])
+
+
+def front_ends() -> str:
+    """turbolm's server beside others' over engines that compute nothing, from front_ends.py."""
+    if not has_result("front_ends"):
+        return "Not measured yet."
+    record = result("front_ends")
+    lines = [
+        "| | tokens per second | turbolm's by it | per event | CPU, µs per token | one-token requests per second | "
+        "turbolm's by it |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    long, short = (record[title]["medians"] for title in ("long answers", "answers of one token"))
+    for name, row in long.items():
+        both = ((row, "tokens"), (short[name], "requests"))
+        ratios = [found.get(f"turbolm_{key}_per_second_ratio") for found, key in both]
+        first, second = ("" if ratio is None else f"{ratio:.2f}x" for ratio in ratios)
+        cells = (
+            name, digits(row["tokens_per_second"]), first, f"{row['tokens_per_event']:.1f}",
+            f"{row['cpu_us_per_token']:.0f}", digits(short[name]["requests_per_second"]), second,
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    machine = record["machine"]
+    about = f"{record['streams']} streams of {record['tokens']} tokens, {machine['cpu']}, {machine['cores']} cores"
+    return "\n".join([*lines, "", f"<sub>{about}, {machine['date'][:10]}</sub>"])
+
+
 def convert_start() -> str:
     """Seconds to load, from convert_start.py."""
     if not has_result("convert_start"):
@@ -217,6 +261,8 @@ TABLES = {
     "quantizers": lambda _: quantizers("vs_quantizers_smollm2"),
     "cpu-formats": lambda _: cpu_formats(),
     "convert-start": lambda _: convert_start(),
+    "server-streams": lambda _: server_streams(),
+    "front-ends": lambda _: front_ends(),
     "llamacpp": lambda _: against_llamacpp(),
     "cpu-context": lambda _: cpu_context(),
     "cpu-start": lambda _: cpu_start(),

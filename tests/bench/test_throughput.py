@@ -10,7 +10,7 @@ from turbolm.cli.main import main
 
 def test_every_workload_is_timed_in_every_round(tmp_path: Path, capsys):
     found = tmp_path / "throughput.json"
-    options = ["--streams", "1", "3", "--prompt", "40", "--context", "8", "--answer", "6", "--rounds", "2"]
+    options = ["--streams", "1", "3", "--prompt", "40", "--context", "8", "--answer", "300", "--rounds", "2"]
     assert main(["bench", "throughput", "null", *options, "--threads", "1", "--json", str(found)]) == 0
     printed = capsys.readouterr().out
     record = json.loads(found.read_text())

@@ -118,6 +118,7 @@ def run(
         step, pending = in_flight.popleft()
         for output in scheduler.update(step, pending.results()):
             deltas.setdefault(f"{output.request_id}/{output.index}", []).append(output)
+    assert (runner.num_replays > 0) == overlapped
     return {key: Output.collect(items) for key, items in deltas.items()}
 
 

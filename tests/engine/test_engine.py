@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import threading
 import time
 
@@ -20,6 +21,7 @@ class CountingRunner:
 
     def __init__(self, depth: int) -> None:
         self.depth = depth
+        self.num_replays = 7
         self.fails: dict[str, str] = {}  # request id → "submit" or "results"
         self.delay = 0.0
         self.events: list[str] = []
@@ -115,6 +117,7 @@ def test_requests_of_many_threads_each_end_once(runner: CountingRunner) -> None:
         assert Output.collect(outputs).token_ids == (3, 4, 5, 6, 7)
         assert [output.is_final for output in outputs].count(True) == 1
     assert scheduler.stats.num_used_blocks == 0
+    assert subject.stats == dataclasses.replace(scheduler.stats, num_replays=runner.num_replays)
     subject.close()
 
 

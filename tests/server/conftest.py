@@ -127,6 +127,7 @@ class ScriptRunner:
     """A runner whose answers are a given text, token by token."""
 
     depth = 1
+    num_replays = 0
 
     def __init__(self) -> None:
         self.script: list[int] = []

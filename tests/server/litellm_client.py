@@ -2,7 +2,7 @@
 openai below 3).
 
     turbolm serve null --port 23399 &
-    python -m venv litellm-env && litellm-env/bin/pip install litellm pytest
+    python -m venv litellm-env && litellm-env/bin/pip install litellm mcp pytest
     litellm-env/bin/python -m pytest --noconftest -c /dev/null tests/server/litellm_client.py
 
 TURBOLM_URL names a server elsewhere.

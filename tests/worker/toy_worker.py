@@ -30,6 +30,7 @@ STEP_SECONDS = 0.002
 
 class ToyRunner:
     depth = 1
+    num_replays = 0
 
     def submit(self, step: Step) -> ToyRunner:
         self.step = step

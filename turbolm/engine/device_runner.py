@@ -77,6 +77,10 @@ class DeviceRunner:
         self._last_tokens: Ints | None = None  # of the last step that sampled, where the host knows them
         self._last_flight: _InFlight | None = None  # that step, where it does not
 
+    @property
+    def num_replays(self) -> int:
+        return self._device.num_replays
+
     def warm_up(self) -> bool:
         """Prepare a part of what makes steps faster; False: there is nothing left to prepare."""
         if self._followers is None:

@@ -159,6 +159,10 @@ class PairedRunner:
         self._runner = runner
         self._draft = draft
 
+    @property
+    def num_replays(self) -> int:
+        return self._runner.num_replays
+
     def submit(self, step: Step) -> PendingStep:
         return self._runner.submit(step)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import logging
 import sys
 import threading
@@ -42,6 +43,10 @@ class StepRunner(Protocol):
     depth: int
     """How many steps may be in flight: while the device computes one, the next is made and submitted.
     1: `submit` itself computes the step."""
+
+    @property
+    def num_replays(self) -> int:
+        """How many steps were computed by replaying a CUDA graph."""
 
     def submit(self, step: Step) -> PendingStep:
         """Starts a step. May raise: then nothing comes of it, and those before it are not touched."""
@@ -154,7 +159,7 @@ class Engine:
     @property
     def stats(self) -> SchedulerStats:
         """What was counted so far."""
-        return self._scheduler.stats
+        return dataclasses.replace(self._scheduler.stats, num_replays=self._runner.num_replays)
 
     def _loop(self) -> None:
         sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_INTERVAL))

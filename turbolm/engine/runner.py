@@ -34,6 +34,7 @@ class Runner:
     (engine/graph.py): same batch, same results."""
 
     depth = 1
+    num_replays = 0
 
     def __init__(
         self,

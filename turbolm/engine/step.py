@@ -74,6 +74,7 @@ class SchedulerStats:
     num_idle_blocks: int  # kept by the prefix cache alone; given away when needed
     num_running: int  # requests, as of now
     num_waiting: int
+    num_replays: int = 0  # steps computed by replaying a CUDA graph
     num_restarts: int = 0  # of the process that the engine runs in; the other counts are of the present one
 
     @property

@@ -84,6 +84,7 @@ class StepDevice:
         self._rehearsals = iter(rehearsals)
         self._buffers = itertools.cycle([_PinnedBuffers(device) for _ in range(_NUM_BUFFERS)])
         self._last_tokens: Tensor | None = None  # int32 [r], of the last step that sampled
+        self.num_replays = 0  # steps computed by a graph
         self._no_tokens = torch.full((1,), -1, dtype=torch.int32, device=device)
         self._adjust = adjust
         self._counts_shape = counts_shape
@@ -163,6 +164,7 @@ class StepDevice:
         length = graphs.fill(arrays, size, host.numpy())
         graphs.inputs(length).copy_(host[:length], non_blocking=True)
         self._resolve(graphs.token_ids(size), arrays)
+        self.num_replays += 1
         return graphs.replay(key)[: len(arrays.logit_rows)]
 
     def _upload(self, arrays: StepArrays, buffers: _PinnedBuffers) -> Batch:

@@ -112,6 +112,7 @@ class Metrics:
             ("vllm:spec_decode_num_draft_tokens", "Tokens guessed and verified.", stats.num_draft_tokens),
             ("vllm:spec_decode_num_accepted_tokens", "Guessed tokens that were right.", stats.num_accepted_tokens),
             ("turbolm:steps", "Steps of the engine.", stats.num_steps),
+            ("turbolm:graph_steps", "Steps that replayed a CUDA graph.", stats.num_replays),
             ("turbolm:engine_restarts", "Times that the engine's process was started again.", stats.num_restarts),
         ):
             yield self._one(CounterMetricFamily(name, text, labels=["model_name"]), value)

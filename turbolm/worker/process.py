@@ -71,7 +71,7 @@ class Process:
     def __init__(self, channel: wire.Channel) -> None:
         self._channel = channel
         self._numbers: dict[tuple[str, int], int] = {}  # of requests, by id and index
-        self._scheduler: Scheduler | None = None
+        self._engine: Engine | None = None
 
     def run(self, load: Load) -> None:
         """Returns never: ends the process."""
@@ -93,10 +93,9 @@ class Process:
         gc.set_threshold(20_000, 20, 20)  # a step makes thousands of objects and hardly ever a cycle
         path = None if model.path is None else str(model.path)
         self._channel.send("loaded", wire.VERSION, __version__, model.name, path, wire.pack_record(model.config))
-        self._scheduler = model.scheduler
         runner = _WatchedRunner(model.runner, self._begin, self._die)
-        engine = Engine(model.scheduler, runner, self._deliver, model.grammars, model.adapters)
-        self._serve(engine, rest)
+        self._engine = Engine(model.scheduler, runner, self._deliver, model.grammars, model.adapters)
+        self._serve(self._engine, rest)
 
     def _first(self) -> list[wire.Message]:
         while True:
@@ -156,8 +155,8 @@ class Process:
             self._channel.send("began", [self._numbers[request.id, request.index] for request in first])
 
     def _deliver(self, outputs: Sequence[Output]) -> None:
-        if outputs and self._scheduler is not None:
-            stats = wire.pack_stats(self._scheduler.stats)
+        if outputs and self._engine is not None:
+            stats = wire.pack_stats(self._engine.stats)
             self._channel.send("step", *wire.pack_outputs(outputs, self._numbers), stats)
 
     def _refuse(self, error: TurbolmError) -> None:
@@ -201,6 +200,10 @@ class _WatchedRunner:
         self._begin = begin
         self._give_up = give_up
         self._num_failed = 0
+
+    @property
+    def num_replays(self) -> int:
+        return self._runner.num_replays
 
     def submit(self, step: Step) -> PendingStep:
         self._begin(step)

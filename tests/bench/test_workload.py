@@ -33,7 +33,7 @@ def test_longer_prompts_of_a_seed_go_on_where_shorter_end():
 
 def test_a_run_computes_its_prompts():
     with LLM("null", progress=False, speculation="off", threads=1) as llm:
-        assert run(llm, decode(2, context=8, answer=6), 0) > 0
+        assert run(llm, decode(2, context=8, answer=300), 0) > 0
         assert llm.stats.num_prompt_tokens == 2 * 8
         assert run(llm, prefill(32), 0) > 0
         assert llm.stats.num_prompt_tokens == 2 * 8 + 32

@@ -132,8 +132,8 @@ def test_prompts_are_nested() -> None:
 def test_a_child_runs_an_engine() -> None:
     child = Child("turbolm", Setup("null", 1, 256, 4))
     assert child.about["kv_tokens"] >= 256
-    assert child.run(decode(2, 16, 8), 1) > 0
-    assert child.run_after(2, 32, 4) > 0
+    assert child.run(decode(2, 16, 200), 1) > 0
+    assert child.run_after(2, 32, 200) > 0
     child.close()
     assert child.process.returncode == 0
 

@@ -47,7 +47,8 @@ def test_answers_and_configuration_are_those_of_an_engine_here(isolated, null_ll
 def test_kv_use_is_none_a_moment_after_the_last_request_and_leaves_out_what_is_cached(served, isolated, wait_until):
     body = {"prompt": "x" * 500, "max_tokens": 1500, "stream": True, "ignore_eos": True}
     with httpx.stream("POST", f"{served.url}/v1/completions", json=body, timeout=60) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: without it the connection is closed
+        next(lines)
         wait_until(lambda: isolated.stats.num_used_blocks > 0)
     wait_until(lambda: 'vllm:kv_cache_usage_perc{model_name="null"} 0.0' in served.get("/metrics").text)
     assert isolated.stats.num_idle_blocks > 0  # the prefix cache's

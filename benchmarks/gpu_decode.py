@@ -65,7 +65,7 @@ def check() -> bool:
             print(f"  WRONG {name}, {kind}, {dtype}: {reason}", flush=True)
         return reason is None
 
-    with ThreadPoolExecutor(12) as pool:
+    with ThreadPoolExecutor(12, initializer=torch.cuda.set_device, initargs=(0,)) as pool:
         right = all(list(pool.map(compare, cases)))
     print(f"  {len(cases)} small cases compared", flush=True)
     return right
@@ -119,7 +119,7 @@ def time_decode(kind: KvKind, bandwidth: float) -> tuple[bool, list[dict[str, An
         rule = plan_decode(LLAMA, step[2][0], gpu().num_sms, gpu().shared_memory, count, context)
         results = [("triton", graph_seconds(decode_calls(LLAMA, step, rule)))]
         chosen = list(variants(kind)) if (count, context) in STEPS[:2] else [next(variants(kind))]
-        with ThreadPoolExecutor(8) as pool:
+        with ThreadPoolExecutor(8, initializer=torch.cuda.set_device, initargs=(0,)) as pool:
             for future in [pool.submit(calls_of(step, variant)[0]) for _, variant in chosen]:  # which compiles
                 future.result()
         for label, variant in chosen:

@@ -97,7 +97,7 @@ def main() -> None:
         row = json.loads(done.stdout.splitlines()[-1])
         record["rows"].append(row)
         print(describe(row), flush=True)
-    write(record, options.json)
+    write(options.json, record)
     if not all(map(is_right, record["rows"])):
         raise SystemExit("the plan is off")
 

@@ -15,7 +15,7 @@ from turbolm.errors import CapacityError, ConfigError, nearest
 from turbolm.kv import KvFormat, KvKind, KvShape, bytes_per_token, parse_kinds, parse_layers, resolve_format
 from turbolm.kv_scales import choose_scales
 from turbolm.lora import adapter_bytes, adapter_sources, as_entries, check_room
-from turbolm.memory import Conversion, ModelNeeds, weight_bytes, working_memory
+from turbolm.memory import Conversion, ModelNeeds, step_limits, weight_bytes, working_memory
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -195,6 +195,7 @@ class ResolvedConfig:
     max_context: int
     max_batch_size: int
     max_batch_tokens: int
+    max_prompt_tokens: int  # of those, beside one for each of `max_batch_size` sequences
     max_logit_rows: int  # most rows of logits of one step
     max_waiting: int
     block_size: int
@@ -310,16 +311,16 @@ def resolve(
         model.conversion.check(model.name, used)
     _check_weights(config, model, reasons)
     weights = weight_bytes(model, backend.device, backend.dtype, unpack=backend.unpack, rounded=config.weights)
-    max_batch_size, max_batch_tokens, max_logit_rows = step_limits(config, backend.device)
+    limits = step_limits(config.max_batch_size, config.max_batch_tokens, backend.device)
     _check_tensor_parallel(config, backend, hardware, reasons)
     free = hardware.free_memory
     if not on_cpu:
         free = min(gpu.free_memory for gpu in hardware.gpus[: config.tensor_parallel])
     size = config.tensor_parallel
-    working = working_memory(model, backend.device, backend.dtype, max_batch_tokens, max_logit_rows, size).total
+    working = working_memory(model, backend.device, backend.dtype, limits, size).total
     rank = config.max_adapter_rank
     adapters = adapter_bytes(config.max_adapters, rank, size, model, backend.dtype)
-    draft = draft_needs(config, backend, draft_model, max_batch_tokens, reasons)
+    draft = draft_needs(config, backend, draft_model, limits, reasons)
     left = free - weights - working - adapters - draft.weights - draft.working
     if left <= 0:
         raise CapacityError(
@@ -334,7 +335,7 @@ def resolve(
     _check_deterministic(config, backend, kv, reasons)
     kv_bytes = bytes_per_token(model.kv_layers, kv) + draft.kv_per_token
     block_size = config.block_size or BLOCK_SIZES[backend.device]
-    pool_tokens = _pool_tokens(config, model, kv_bytes, left, block_size, max_batch_size, on_cpu, reasons)
+    pool_tokens = _pool_tokens(config, model, kv_bytes, left, block_size, limits.batch_size, on_cpu, reasons)
     max_context = _max_context(config, model, pool_tokens, kv_bytes, reasons)
     return ResolvedConfig(
         device=backend.device,
@@ -345,9 +346,10 @@ def resolve(
         weights=config.weights,
         threads=backend.threads,
         max_context=max_context,
-        max_batch_size=max_batch_size,
-        max_batch_tokens=max_batch_tokens,
-        max_logit_rows=max_logit_rows,
+        max_batch_size=limits.batch_size,
+        max_batch_tokens=limits.tokens,
+        max_prompt_tokens=limits.prompt_tokens,
+        max_logit_rows=limits.logit_rows,
         max_waiting=config.max_waiting,
         block_size=block_size,
         num_blocks=pool_tokens // block_size,
@@ -364,14 +366,6 @@ def resolve(
         max_adapter_rank=rank,
         reasons=tuple(reasons),
     )
-
-
-def step_limits(config: EngineConfig, device: str) -> tuple[int, int, int]:
-    """The largest step: sequences, tokens, rows of logits."""
-    on_cpu = device == "cpu"
-    max_batch_size = config.max_batch_size or (32 if on_cpu else 1024)
-    max_batch_tokens = max(config.max_batch_tokens or (512 if on_cpu else 8192), max_batch_size)
-    return max_batch_size, max_batch_tokens, max(max_batch_size, 64)
 
 
 def _check_tensor_parallel(config: EngineConfig, backend: Backend, hardware: Hardware, reasons: list[str]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from turbolm.errors import ConfigError
 from turbolm.kv import KvFormat, bytes_per_token
-from turbolm.memory import ModelNeeds, weight_bytes, working_memory
+from turbolm.memory import ModelNeeds, StepLimits, weight_bytes, working_memory
 
 if TYPE_CHECKING:
     from turbolm.config import Backend, EngineConfig
@@ -27,7 +27,7 @@ class DraftNeeds:
 
 
 def draft_needs(
-    config: EngineConfig, backend: Backend, draft: ModelNeeds | None, max_batch_tokens: int, reasons: list[str]
+    config: EngineConfig, backend: Backend, draft: ModelNeeds | None, limits: StepLimits, reasons: list[str]
 ) -> DraftNeeds:
     """Its KV cache is not quantized. Raises ConfigError where there can be no draft model."""
     if draft is None:
@@ -42,7 +42,7 @@ def draft_needs(
     needs = DraftNeeds(
         draft.name,
         weight_bytes(draft, backend.device, backend.dtype, unpack=backend.unpack, rounded="auto"),
-        working_memory(draft, backend.device, backend.dtype, max_batch_tokens, LOGIT_ROWS, 1).total,
+        working_memory(draft, backend.device, backend.dtype, limits._replace(logit_rows=LOGIT_ROWS), 1).total,
         bytes_per_token(draft.kv_layers, KvFormat.both(backend.kv_dtype)),
     )
     reasons.append(f"draft model {draft.name}: its KV cache takes {needs.kv_per_token} bytes per token")

@@ -6,6 +6,7 @@ Norms and biases are left out: they are less than a thousandth of a model.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from turbolm.errors import ConfigError
 from turbolm.kv import KvShape
@@ -83,18 +84,38 @@ def num_counted(max_batch_size: int, vocab_size: int) -> int:
     return max(1, min(max_batch_size, _COUNTS // (4 * vocab_size)))
 
 
+class StepLimits(NamedTuple):
+    """The largest step."""
+
+    batch_size: int  # sequences
+    tokens: int
+    prompt_tokens: int  # of them
+    logit_rows: int
+
+
+def step_limits(max_batch_size: int, max_batch_tokens: int, device: str) -> StepLimits:
+    """As asked for; 0: chosen by device. On a GPU, decodes then go beside a whole number of usual prompts: prompts that
+    are cut because of a few decodes make a step more."""
+    on_cpu = device == "cpu"
+    batch_size = max_batch_size or (32 if on_cpu else 1024)
+    tokens = prompt_tokens = max(max_batch_tokens or (512 if on_cpu else 8192), batch_size)
+    if not max_batch_tokens and not on_cpu:
+        tokens += batch_size
+    return StepLimits(batch_size, tokens, prompt_tokens, max(batch_size, 64))
+
+
 def working_memory(
-    model: ModelNeeds, device: str, dtype: str, max_batch_tokens: int, max_logit_rows: int, tensor_parallel: int
+    model: ModelNeeds, device: str, dtype: str, limits: StepLimits, tensor_parallel: int
 ) -> WorkingMemory:
     """`dtype`: of activations. On the CPU the reserve covers them."""
     on_gpu = device != "cpu"
     return WorkingMemory(
         reserve=_RESERVE,
-        logits=max_logit_rows * model.num_logits * 4,
-        activations=max_batch_tokens * model.activation_elements * ITEM_BYTES[dtype] if on_gpu else 0,
+        logits=limits.logit_rows * model.num_logits * 4,
+        activations=limits.tokens * model.activation_elements * ITEM_BYTES[dtype] if on_gpu else 0,
         graphs=_GRAPHS if on_gpu else 0,
         communication=_COMMUNICATION if on_gpu and tensor_parallel > 1 else 0,
-        counts=4 * model.num_logits * num_counted(max_logit_rows, model.num_logits) if on_gpu else 0,
+        counts=4 * model.num_logits * num_counted(limits.logit_rows, model.num_logits) if on_gpu else 0,
     )
 
 

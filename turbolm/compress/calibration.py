@@ -138,7 +138,7 @@ class Calibration:
         residual = self._hidden[index % 2][rows].to(ops.device, copy=True)
         x = layer.attention(ops.rms_norm(residual, layer.attention_norm, eps), batch, cache)
         x, residual = ops.add_rms_norm(x, residual, layer.mlp_norm, eps)
-        return ops.add(layer.mlp(x, batch), residual)
+        return ops.add(layer.mlp(x, batch.adapters), residual)
 
     def _cache(self, spec: AttentionSpec, batch: Batch) -> LayerCache:
         """Room for the batch's keys and values: a block for each sequence."""

@@ -223,6 +223,7 @@ def _scheduler(config: ResolvedConfig, draft_model: DraftModel | None = None) ->
         block_size=config.block_size,
         max_batch_size=config.max_batch_size,
         max_batch_tokens=config.max_batch_tokens,
+        max_prompt_tokens=config.max_prompt_tokens,
         max_logit_rows=config.max_logit_rows,
         max_context=config.max_context,
         max_waiting=config.max_waiting,

@@ -10,7 +10,7 @@ Policy
 - Order is (priority, arrival), lower first, everywhere. Priorities are strict and don't age: steady
   work of one priority holds up all work of higher numbers for as long as it lasts. Within one
   priority nobody starves: a request that can't be admitted yet holds up those behind it.
-- Each step computes every running sequence's next token, and fills up to `max_batch_tokens` with
+- Each step computes every running sequence's next token, and fills up to `max_batch_tokens` (`max_prompt_tokens`) with
   prompts, in chunks where they don't fit: the leftover of one prompt's last chunk goes to the next.
 - Blocks are taken as a sequence grows. When none is left, the last running sequence in order is
   preempted: it loses its blocks, waits at its place, and its tokens so far are computed again later
@@ -77,13 +77,14 @@ class Scheduler:
         max_waiting: int,
         prefix_cache: bool = True,
         max_logit_rows: int | None = None,
+        max_prompt_tokens: int | None = None,
         drafter: Callable[[list[int]], Drafter] | None = None,
         draft_model: Proposer | None = None,
     ) -> None:
-        """`max_batch_size` sequences run at once; a step has at most `max_batch_tokens` tokens, and wants
-        logits for at most `max_logit_rows` of them (None: no limit); prompt plus answer have at most
-        `max_context`; at most `max_waiting` requests wait. `drafter` makes, of a sequence's token ids,
-        what guesses how it goes on (None: no drafts); where it has none, `draft_model` may."""
+        """`max_batch_size` sequences run at once; a step has at most `max_batch_tokens` tokens, of which prompts
+        have at most `max_prompt_tokens`, and wants logits for at most `max_logit_rows` of them (None: no limit);
+        prompt plus answer have at most `max_context`; at most `max_waiting` requests wait. `drafter` makes, of a
+        sequence's token ids, what guesses how it goes on (None: no drafts); where it has none, `draft_model` may."""
         max_logit_rows = max_batch_tokens if max_logit_rows is None else max_logit_rows
         for name, value in (
             ("num_blocks", num_blocks),
@@ -104,6 +105,7 @@ class Scheduler:
         self.max_batch_size = max_batch_size
         self.max_batch_tokens = max_batch_tokens
         self.max_logit_rows = max_logit_rows
+        self.max_prompt_tokens = max_batch_tokens if max_prompt_tokens is None else max_prompt_tokens
         self.max_context = max_context
         self.max_waiting = max_waiting
         self._drafting = Drafting(drafter, draft_model)
@@ -249,7 +251,7 @@ class Scheduler:
             num_left = len(job.sequence.token_ids) - job.num_scheduled
             if num_left == 1 or (num_left == 0 and job.sampled_by == last):
                 num_decodes += 1
-        open_step = OpenStep(self.max_batch_tokens - num_decodes, self.max_logit_rows - num_decodes)
+        open_step = OpenStep(self._prompt_room(num_decodes), self.max_logit_rows - num_decodes)
         for job in tuple(self._running):
             sequence, start = job.sequence, job.num_scheduled
             blocks = sequence.blocks
@@ -266,6 +268,10 @@ class Scheduler:
                 if start < len(blocks) * size or grow(job, start + 1):
                     open_step.add_decode(self._schedule(job, 1), job)
         return open_step
+
+    def _prompt_room(self, num_decodes: int) -> int:
+        """Tokens of prompts, beside so many decodes."""
+        return min(self.max_prompt_tokens, self.max_batch_tokens - num_decodes)
 
     def _admit(self, open_step: OpenStep, before: float = math.inf) -> None:
         """Starts waiting sequences of priorities below `before`, as far as tokens, places and blocks allow."""

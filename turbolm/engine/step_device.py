@@ -204,6 +204,7 @@ class Computed:
         self._tokens = tokens_r
         self._buffers = buffers
 
+    @torch.inference_mode()
     def download(self) -> Download:
         """The tokens and sums, on their way to the host."""
         return self._buffers.download(self._tokens, self.sums)

@@ -35,6 +35,10 @@ class Attention:
         self.eps = eps
 
     def __call__(self, x_th: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
-        qkv = self.qkv(x_th, batch)
+        return self.output(self.heads(x_th, batch, cache), batch.adapters)
+
+    def heads(self, x_th: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
+        """All up to the output projection, which a model's last layer does for some of the rows alone."""
+        qkv = self.qkv(x_th, batch.adapters)
         qkv = self.ops.rotary_store(qkv, batch, cache, self.spec, self.rope, self.q_norm, self.k_norm, self.eps)
-        return self.output(self.ops.attention(qkv, batch, cache, self.spec), batch)
+        return self.ops.attention(qkv, batch, cache, self.spec)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from turbolm.lora import RANK_STEP
 from turbolm.ops import AdapterWeights, Ops, PreparedLinear
-from turbolm.types import Batch
 
 
 class LowRank(NamedTuple):
@@ -35,11 +34,12 @@ class Linear:
         self.weight = weight
         self._adapters: AdapterWeights | None = None
 
-    def __call__(self, x_tk: Tensor, batch: Batch) -> Tensor:
+    def __call__(self, x_tk: Tensor, adapters_t: Tensor | None) -> Tensor:
+        """adapters_t: place of each row's adapter, as in `Batch`."""
         y_tn = self.ops.linear(x_tk, self.weight)
-        if self._adapters is None or batch.adapters is None:
+        if self._adapters is None or adapters_t is None:
             return y_tn
-        return self.ops.add_adapters(y_tn, x_tk, self._adapters, batch.adapters)
+        return self.ops.add_adapters(y_tn, x_tk, self._adapters, adapters_t)
 
     def reserve(self, num_places: int, max_rank: int, sizes: Sequence[int]) -> None:
         """Make room for so many adapters. `sizes`: rows of each of the stacked matrices."""

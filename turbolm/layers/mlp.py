@@ -6,7 +6,6 @@ from torch import Tensor
 
 from turbolm.layers.linear import Linear
 from turbolm.ops import Activation, Ops
-from turbolm.types import Batch
 
 
 class GatedMlp:
@@ -18,5 +17,5 @@ class GatedMlp:
         self.down = down
         self.activation = activation
 
-    def __call__(self, x_th: Tensor, batch: Batch) -> Tensor:
-        return self.down(self.ops.activate_multiply(self.gate_up(x_th, batch), self.activation), batch)
+    def __call__(self, x_th: Tensor, adapters_t: Tensor | None) -> Tensor:
+        return self.down(self.ops.activate_multiply(self.gate_up(x_th, adapters_t), self.activation), adapters_t)

@@ -52,23 +52,32 @@ class Decoder:
     def forward(self, batch: Batch, caches: Sequence[LayerCache]) -> Tensor:
         """One step: stores the new tokens' keys and values in `caches` (one per layer) and returns
         float32 logits [r, v] of the rows `batch.logit_rows`."""
-        return self.logits(self.hidden_states(batch, caches), batch)
+        return self.logits(self._run(batch, caches, batch.logit_rows), batch)
 
     def hidden_states(self, batch: Batch, caches: Sequence[LayerCache]) -> Tensor:
         """The step as far as the final norm → [t, h]."""
-        ops, eps = self.ops, self.spec.norm_eps
+        return self._run(batch, caches, None)
+
+    def _run(self, batch: Batch, caches: Sequence[LayerCache], rows_r: Tensor | None) -> Tensor:
+        """`hidden_states`; with rows_r, of these rows alone: nothing reads the others after the last layer's keys
+        and values, so what follows those is left out (3% of a prompt's time with 32 layers)."""
+        ops, eps, adapters = self.ops, self.spec.norm_eps, batch.adapters
         residual = ops.embedding(batch.token_ids, self.embedding, self.spec.embedding_scale)
         x = ops.rms_norm(residual, self.layers[0].attention_norm, eps)
         next_norms = [layer.attention_norm for layer in self.layers[1:]] + [self.final_norm]
         for layer, cache, next_norm in zip(self.layers, caches, next_norms, strict=True):
-            x = layer.attention(x, batch, cache)
+            x = layer.attention.heads(x, batch, cache)
+            if layer is self.layers[-1] and rows_r is not None and rows_r.shape[0] < batch.num_tokens:
+                x, residual = x[rows_r], residual[rows_r]
+                adapters = None if adapters is None else adapters[rows_r]
+            x = layer.attention.output(x, adapters)
             x, residual = ops.add_rms_norm(x, residual, layer.mlp_norm, eps)
-            x = layer.mlp(x, batch)
+            x = layer.mlp(x, adapters)
             x, residual = ops.add_rms_norm(x, residual, next_norm, eps)
         return x
 
     def logits(self, x_th: Tensor, batch: Batch) -> Tensor:
-        """float32 [r, v] of the rows `batch.logit_rows` of the hidden states."""
+        """float32 [r, v] of the rows `batch.logit_rows` of the hidden states; x_th may be these rows alone."""
         return self.ops.logits(x_th, batch, self.head, self.spec.logit_softcap)
 
 

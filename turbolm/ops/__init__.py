@@ -180,7 +180,8 @@ class Ops(Protocol):
         """activation(first half) * second half → [t, f]."""
 
     def logits(self, x_th: Tensor, batch: Batch, weight: PreparedLinear, softcap: float | None = None) -> Tensor:
-        """The rows `batch.logit_rows` of x through the head → float32 [r, vocabulary]."""
+        """The rows `batch.logit_rows` of x (which may be these rows alone) through the head → float32
+        [r, vocabulary]."""
 
 
 @runtime_checkable

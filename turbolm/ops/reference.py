@@ -165,7 +165,8 @@ class ReferenceOps:
         return _ACTIVATIONS[activation](gate) * up
 
     def logits(self, x_th: Tensor, batch: Batch, weight: PreparedLinear, softcap: float | None = None) -> Tensor:
-        logits = self.linear(x_th[batch.logit_rows.long()], weight).float()
+        rows = x_th if x_th.shape[0] == batch.logit_rows.shape[0] else x_th[batch.logit_rows]
+        logits = self.linear(rows, weight).float()
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 

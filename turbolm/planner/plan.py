@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from turbolm.config import BLOCK_SIZES, KV_SHARE, EngineConfig, Weights, choose_backend, resolve_kv, step_limits
+from turbolm.config import BLOCK_SIZES, KV_SHARE, EngineConfig, Weights, choose_backend, resolve_kv
 from turbolm.errors import ConfigError
 from turbolm.kv import bytes_per_token
-from turbolm.memory import ModelNeeds, WorkingMemory, weight_bytes, working_memory
+from turbolm.memory import ModelNeeds, WorkingMemory, step_limits, weight_bytes, working_memory
 from turbolm.planner.gpus import Machine
 from turbolm.planner.model import PlannedModel
 from turbolm.planner.speed import StepCost, tokens_per_second
@@ -132,12 +132,12 @@ def _fit(model: PlannedModel, needs: ModelNeeds, machine: Machine, demand: Deman
         return None
     device, dtype = backend.device, backend.dtype
     weights = weight_bytes(needs, device, dtype, unpack=backend.unpack, rounded=config.weights)
-    max_batch_size, max_batch_tokens, max_logit_rows = step_limits(config, device)
-    working = working_memory(needs, device, dtype, max_batch_tokens, max_logit_rows, config.tensor_parallel)
+    limits = step_limits(config.max_batch_size, config.max_batch_tokens, device)
+    working = working_memory(needs, device, dtype, limits, config.tensor_parallel)
     free = min((gpu.free_memory for gpu in hardware.gpus), default=hardware.free_memory)
     block_size = BLOCK_SIZES[device]
     tokens = max(0, int((free - weights - working.total) * KV_SHARE) // (kv * block_size) * block_size)
-    concurrency = min(tokens // (-(-demand.context // block_size) * block_size), max_batch_size)
+    concurrency = min(tokens // (-(-demand.context // block_size) * block_size), limits.batch_size)
     fit = Fit(
         rung=Rung(config.weights, config.kv),
         tensor_parallel=config.tensor_parallel,

@@ -211,8 +211,10 @@ class CpuOps:
         num_rows, width = batch.logit_rows.shape[0], x_th.shape[1]
         logits = self._new(num_rows, weight.out_features)
         step = step_of(batch, None if self._recorder else logits)
-        rows = self._new(num_rows, width)
-        self._emit(instructions.Gather, step, x=x_th, y=rows, width=width)
+        rows = x_th
+        if self._recorder is not None or x_th.shape[0] != num_rows:
+            rows = self._new(num_rows, width)
+            self._emit(instructions.Gather, step, x=x_th, y=rows, width=width)
         self._multiply(rows, weight, None, step)
         if softcap is not None:
             self._emit(instructions.Softcap, step, writes_logits=True, width=weight.out_features, cap=softcap)

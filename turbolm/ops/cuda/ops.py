@@ -165,7 +165,7 @@ class CudaOps:
     def logits(self, x_th: Tensor, batch: Batch, weight: PreparedLinear, softcap: float | None = None) -> Tensor:
         assert isinstance(weight, PackedLinear)
         num_rows = batch.logit_rows.shape[0]
-        x = x_th if num_rows == batch.num_tokens else x_th[batch.logit_rows]
+        x = x_th if x_th.shape[0] == num_rows else x_th[batch.logit_rows]
         if self._logits is None or self._logits.shape[0] < num_rows:
             self._logits = torch.empty(num_rows, weight.out_features, dtype=torch.float32, device=self.device)
         logits = self._logits[:num_rows]

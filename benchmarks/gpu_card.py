@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from gpu_record import exit_with, start_record, write
 from turbolm import AsyncLLM, SamplingParams
 from turbolm.config import EngineConfig
 from turbolm.errors import TurbolmError
-from turbolm.planner.gpus import parse_machine
+from turbolm.ops.hardware import probe
+from turbolm.planner.gpus import found_gpus, parse_machine
 from turbolm.planner.model import open_model
 from turbolm.planner.plan import Demand, Fit, Rung, plan
 
@@ -53,7 +55,7 @@ def smaller_card(num_bytes: int) -> Iterator[int]:
 
 
 def foretold(options: argparse.Namespace) -> Fit:
-    machine = parse_machine(options.card)
+    machine = replace(parse_machine(options.card), rates=found_gpus(probe().gpus).rates)  # as fast as this one
     fits = plan(open_model(options.model), machine, Demand(options.context)).fits
     return next(fit for fit in fits if fit.rung == Rung(options.weights, options.kv))
 
@@ -122,12 +124,11 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    record = start_record("gpu_card", options)
     try:
-        fit = foretold(options)
         card = parse_machine(options.card).hardware.gpus[0]
-        with smaller_card(card.total_memory) as free:
-            record["free_bytes"] = free
+        with smaller_card(card.total_memory) as free:  # before this process has anything on the GPU
+            record = start_record("gpu_card", options) | {"free_bytes": free}
+            fit = foretold(options)
             record["row"] = asyncio.run(measure(options, fit))
     except TurbolmError as error:
         exit_with(error)

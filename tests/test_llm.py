@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import math
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -173,6 +174,16 @@ def test_a_closed_model_refuses_work() -> None:
     for use in (lambda: llm.generate("hello", GREEDY), lambda: list(llm.stream("hello")), lambda: llm.score("hello")):
         with pytest.raises(EngineError, match="closed"):
             use()
+
+
+def test_a_closed_model_gives_its_memory_back() -> None:
+    llm = LLM("null", progress=False, max_context=256)
+    runner = weakref.ref(llm._llm._engine._runner)
+    llm.generate("hello", GREEDY)
+    steps = llm.stats.num_steps
+    llm.close()
+    assert runner() is None
+    assert llm.stats.num_steps == steps  # which can still be asked for
 
 
 def test_async_requests_run_together_and_cancel_alone() -> None:

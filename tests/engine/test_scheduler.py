@@ -35,6 +35,15 @@ def test_decodes_go_first_and_prompts_share_what_is_left():
     assert step.num_tokens == 10
 
 
+def test_prompts_of_a_size_of_their_own_are_not_cut_for_decodes():
+    model = Model(scheduler_of(max_batch_tokens=16, max_prompt_tokens=8, prefix_cache=False))
+    for name in ("first", "second", "third"):
+        model.add(request_of(name, range(8)))
+    assert parts(model.step()[0]) == [("first", 0, 8, True)]
+    assert parts(model.step()[0]) == [("first", 8, 1, True), ("second", 0, 8, True)]
+    assert parts(model.step()[0]) == [("first", 9, 1, True), ("second", 8, 1, True), ("third", 0, 8, True)]
+
+
 def test_an_urgent_prompt_goes_before_a_long_one_at_work():
     model = Model(scheduler_of(max_batch_tokens=10))
     model.add(request_of("long", range(40)))

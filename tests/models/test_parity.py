@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from turbolm.kv import KvFormat
+from turbolm.layers.mlp import GatedMlp
 from turbolm.models.checkpoint import open_checkpoint
 from turbolm.models.decoder import Decoder, cache_spec, load_decoder
 from turbolm.models.loader import Loader
@@ -98,6 +100,21 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
         second = model.forward(batch_of([(2, tokens[2], LENGTHS[2] - 1), (0, tokens[0], split)]), caches)
         assert_close(torch.cat([first[:split], second[1:]]), expected[0])
         assert_close(torch.cat([first[split:], second[:1]]), expected[2])
+
+
+@torch.inference_mode()
+def test_the_last_layer_goes_on_with_the_wanted_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    SAVERS["mistral-window"](tmp_path)
+    model, caches = load(tmp_path)
+    batch = batch_of([(i, t, 0) for i, t in enumerate(prompts())])
+    last = batch.query_start[1:] - 1
+    whole = model.forward(batch, caches)
+    rows = []
+    mlp_call = GatedMlp.__call__
+    monkeypatch.setattr(GatedMlp, "__call__", lambda mlp, x, places: rows.append(len(x)) or mlp_call(mlp, x, places))
+    some = model.forward(replace(batch, logit_rows=last), caches)
+    assert_close(some, whole[last])
+    assert rows == [batch.num_tokens] * (len(model.layers) - 1) + [len(last)]
 
 
 @torch.inference_mode()

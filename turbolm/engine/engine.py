@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import gc
 import logging
 import sys
 import threading
@@ -84,6 +85,7 @@ class Engine:
         self._cancelled: collections.deque[tuple[str, int]] = collections.deque()
         self._closing = False
         self._in_flight: collections.deque[tuple[Step, PendingStep]] = collections.deque()
+        self._last_stats: SchedulerStats | None = None  # once it has ended
         self._is_warm = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="turbolm-engine", daemon=True)
         self._thread.start()
@@ -125,6 +127,8 @@ class Engine:
         self._call(lambda: adapters.remove(name))
 
     def _room_for_adapters(self) -> Adapters:
+        if self._closing:
+            raise EngineError("the engine is closed")
         if self._adapters is None:
             raise RequestError("there is no room for adapters: start the engine with max_adapters", "adapter")
         return self._adapters
@@ -159,6 +163,8 @@ class Engine:
     @property
     def stats(self) -> SchedulerStats:
         """What was counted so far."""
+        if self._last_stats is not None:
+            return self._last_stats
         return dataclasses.replace(self._scheduler.stats, num_replays=self._runner.num_replays)
 
     def _loop(self) -> None:
@@ -174,6 +180,11 @@ class Engine:
         while self._in_flight:  # the device must be at rest before its memory goes
             self._complete_oldest()
         self._runner.close()
+        self._last_stats = self.stats
+        # The model's memory is free when this thread ends, however long this object is kept.
+        self._adapters = None
+        del self._runner
+        gc.collect()
 
     def _take_in(self) -> bool:
         """Wait for work, move what was submitted into the scheduler; False: the engine closes."""

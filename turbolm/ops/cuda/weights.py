@@ -29,6 +29,7 @@ _FEW_ROWS_OF_SMALL = 32  # … with 16-bit weights of at most
 _LARGE = 16 << 20  # bytes
 _FEW_ROWS_OF_INT4 = 8
 _INT8_ROWS = 32  # torch._int_mm takes more than 16
+_INT8_SLICE = 2048  # rows whose sums are there at once
 _WIDE_ROWS = 768  # up to which weights of 4 bits are unpacked in the product
 _UNPACKED_BYTES = 256 << 20  # of weights at a time, beyond that: most matrices whole
 
@@ -205,27 +206,35 @@ class EightBitLinear(RowLinear):
     bias: Tensor | None
 
     def multiply(self, x_tk: Tensor) -> Tensor:
+        if self.matrix.codes.dtype != torch.int8:
+            return self._multiply_fp8(x_tk, self.bias).to(x_tk.dtype)
         out = x_tk.new_empty((x_tk.shape[0], self.out_features))
-        self._multiply_rounded(x_tk, self.bias, out)
+        self._multiply_int8(x_tk, self.bias, out)
         return out
 
     def _multiply_into(self, x_tk: Tensor, out_tn: Tensor) -> None:
-        self._multiply_rounded(x_tk, None, out_tn)
+        if self.matrix.codes.dtype == torch.int8:
+            self._multiply_int8(x_tk, None, out_tn)
+        else:
+            out_tn.copy_(self._multiply_fp8(x_tk, None))
 
-    def _multiply_rounded(self, x_tk: Tensor, bias: Tensor | None, out_tn: Tensor) -> None:
+    def _multiply_fp8(self, x_tk: Tensor, bias: Tensor | None) -> Tensor:
+        """bfloat16, whatever x is: scales of each row go with nothing else."""
         codes, scales = self.matrix.codes, self.matrix.scales
         x_codes, x_scales = round_rows(x_tk, codes.dtype)
-        if codes.dtype == torch.int8:
-            rows = max(x_tk.shape[0], _INT8_ROWS)
-            if rows > x_tk.shape[0]:
-                x_codes = F.pad(x_codes, (0, 0, 0, rows - x_tk.shape[0]))
-            sums = torch._int_mm(x_codes, codes.T)
-            scale_sums(sums[: x_tk.shape[0]], x_scales, scales, bias, out_tn)
-            return
         product = torch._scaled_mm(x_codes, codes.T, x_scales, scales[None], out_dtype=torch.bfloat16)
-        out_tn.copy_(product)
-        if bias is not None:
-            out_tn.add_(bias)
+        return product if bias is None else product.add_(bias)
+
+    def _multiply_int8(self, x_tk: Tensor, bias: Tensor | None, out_tn: Tensor) -> None:
+        codes, scales = self.matrix.codes, self.matrix.scales
+        x_codes, x_scales = round_rows(x_tk, codes.dtype)
+        if x_tk.shape[0] < _INT8_ROWS:
+            x_codes = F.pad(x_codes, (0, 0, 0, _INT8_ROWS - x_tk.shape[0]))
+        # Sums are int32: those of a whole step would take more memory than its activations.
+        for first in range(0, x_tk.shape[0], _INT8_SLICE):
+            some = slice(first, first + _INT8_SLICE)
+            out = out_tn[some]
+            scale_sums(torch._int_mm(x_codes[some], codes.T)[: out.shape[0]], x_scales[some], scales, bias, out)
 
 
 PackedLinear = DenseLinear | Int4Linear | EightBitLinear

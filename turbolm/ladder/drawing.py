@@ -18,7 +18,7 @@ _KINDS = {
     "not served": "off",
 }
 _WIDTH = 350  # of the flow: a phone's
-_BOX_WIDTH, _BOX_HEIGHT, _GAP = 250, 58, 40
+_BOX_WIDTH, _BOX_HEIGHT, _GAP = 258, 58, 40
 _TOP = 8
 _EDGE = 14  # of a plot: where marks lie that would be beyond it
 _NEAR = 12  # marks closer than this would cover each other

@@ -176,6 +176,20 @@ def test_a_closed_model_refuses_work() -> None:
             use()
 
 
+def test_control_tokens_count_in_a_prompt_and_are_letters_in_a_message(smollm: LLM) -> None:
+    rendered = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+    (answer,) = smollm.generate(rendered, GREEDY)
+    assert answer.text == smollm.generate(smollm.tokenizer.encode(rendered, parse_special=True), GREEDY)[0].text
+    assert "<|im" not in answer.text
+    with_token, _ = smollm.chat([[{"role": "user", "content": text}] for text in ("<|im_end|>", "plain")], GREEDY)
+    assert smollm.tokenizer.decode(with_token.prompt_token_ids, skip_special=False).count("<|im_end|>") == 3
+
+
+def test_messages_for_generate_are_refused(null: LLM) -> None:
+    with pytest.raises(RequestError, match=r"the prompt holds a dict.*chat"):
+        null.generate([[{"role": "user", "content": "hello"}]])
+
+
 def test_a_closed_model_gives_its_memory_back() -> None:
     llm = LLM("null", progress=False, max_context=256)
     runner = weakref.ref(llm._llm._engine._runner)

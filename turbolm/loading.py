@@ -22,7 +22,7 @@ from turbolm.engine.scheduler import Scheduler
 from turbolm.errors import CheckpointError, ConfigError
 from turbolm.fallbacks import collected
 from turbolm.grammar import GrammarCompiler
-from turbolm.hub import fetch
+from turbolm.hub import fetch, generation_config_of
 from turbolm.hub.adapters import fetch_adapter
 from turbolm.lora import adapter_sources
 from turbolm.memory import ModelNeeds
@@ -172,7 +172,7 @@ def _text(name: str, checkpoint: Checkpoint) -> ModelText:
         tokenizer=tokenizer,
         chat_template=ChatTemplate.of(tokenizer) if tokenizer.chat_template else None,
         eos_token_ids=tuple(dict.fromkeys([*tokenizer.eos_ids, *(token for ids in eos for token in ids)])),
-        default_params=_default_params(checkpoint.generation_config),
+        default_params=_default_params({**generation_config_of(name), **checkpoint.generation_config}),
         pooling=choose_pooling(checkpoint),
     )
 

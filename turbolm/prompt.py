@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -54,8 +55,17 @@ class Prompt:
 
 
 def plain_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> Prompt:
-    """A text, or token ids, that the answer continues."""
-    token_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    """A text, or token ids, that the answer continues. Control tokens spelled in the text are control tokens: who
+    writes a whole prompt may have applied a template. (Those in messages are letters.)"""
+    if isinstance(prompt, str):
+        token_ids: Sequence[int] = tokenizer.encode(prompt, parse_special=True)
+    else:
+        token_ids = prompt
+        for kind in set(map(type, prompt)):
+            if not issubclass(kind, numbers.Integral):
+                raise RequestError(
+                    f"the prompt holds a {kind.__name__}: give a text or token ids; messages are for chat", "prompt"
+                )
     return Prompt(tuple(token_ids), PartParser, is_continuation=True)
 
 

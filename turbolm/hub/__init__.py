@@ -21,7 +21,7 @@ from turbolm.hub.huggingface import RemoteModel, fetch_huggingface, locate_huggi
 from turbolm.hub.modelscope import fetch_modelscope
 from turbolm.hub.names import LocalName, ModelName, RepositoryName, WheelName, resolve
 from turbolm.hub.pypi import fetch_wheels, is_record_of
-from turbolm.hub.registry import KNOWN_MODELS, KnownModel
+from turbolm.hub.registry import KNOWN_MODELS, KnownModel, generation_config_of
 
 __all__ = [
     "KNOWN_MODELS",
@@ -35,6 +35,7 @@ __all__ = [
     "WheelName",
     "cached_models",
     "fetch",
+    "generation_config_of",
     "is_cached",
     "locate_huggingface",
     "remove",

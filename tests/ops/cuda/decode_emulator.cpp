@@ -30,6 +30,12 @@ static bool is_any(bool value) {
         if (given) return true;
     return false;
 }
+static int first_lane_where(bool value) {
+    int turn = threads[current].warp_barriers & 1, lane = 0;
+    exchange((int)value, 0);
+    while (lane < WARP && !given_words[current / WARP][turn][lane]) lane++;
+    return lane;
+}
 static int sum_up_to_lane(int value, int lane) {
     int turn = threads[current].warp_barriers & 1, sum = 0;
     exchange(value, 0);

@@ -89,6 +89,7 @@ CASES = {
     "a window": (2, 2, 64, 16, [90, 300, 12], 50, None, 2, 4, 2),
     "a soft cap": (2, 1, 128, 64, [100, 65], None, 20.0, 2, 2, 2),
     "many sequences": (1, 1, 64, 16, [1 + i % 35 for i in range(70)], None, None, 2, 3, 3),
+    "more sequences than lanes have at a time": (1, 1, 64, 16, [1 + i % 20 for i in range(1060)], None, None, 4, 2, 4),
 }
 
 

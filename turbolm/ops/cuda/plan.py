@@ -16,6 +16,7 @@ X_BUFFERS = 3  # slices of x in shared memory where not all fit
 PREFETCH_BYTES = 64 << 10  # of weights per CTA that are brought into L2 before the kernel waits for x
 MAX_SPLITS = 16
 
+_RAW_TOKENS = 16  # with more, the products that raw codes take beside take longer than what they save
 _SUM_ROW = 20  # floats per token in what warps exchange: 16 and padding
 _RESERVED_SHARED = 1024  # bytes per CTA that the system takes
 
@@ -76,6 +77,7 @@ class Tile:
     tiles_m: int  # row tiles per warp
     depth: int  # units in flight per warp and row tile
     unit: Unit = DENSE
+    raw_codes: bool = False  # of 4 bits: whether zero points are taken off sums, not codes
 
     @property
     def num_threads(self) -> int:
@@ -144,7 +146,9 @@ def tiles_of(unit: Unit) -> tuple[Tile, ...]:
     """The variants for a kind of weights."""
     if unit.is_dense:
         return TILES
-    return tuple(replace(tile, unit=unit) for tile in (INT4_TILES if unit.groups else (*TILES, *EIGHT_BIT_TILES)))
+    if unit.groups:
+        return tuple(replace(tile, unit=unit, raw_codes=tile.tokens <= _RAW_TOKENS) for tile in INT4_TILES)
+    return tuple(replace(tile, unit=unit) for tile in (*TILES, *EIGHT_BIT_TILES))
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,10 +136,7 @@ struct State {
                 highest[e] = fmaxf(highest[e], weights[2 * r + e]);
             }
         }
-#pragma unroll
-        for (int e = 0; e < 2; e++)
-#pragma unroll
-            for (int mask = 4; mask < 32; mask *= 2) highest[e] = fmaxf(highest[e], from_lane_xor(highest[e], mask));
+        // Seldom: only then lanes tell each other their peaks.
         if (is_any(highest[0] > peak[0] || highest[1] > peak[1])) raise(highest);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -176,10 +173,12 @@ struct State {
         }
     }
 
-    // To higher peaks.
-    __device__ __forceinline__ void raise(const float (&highest)[2]) {
+    // To higher peaks; highest: of this lane's positions.
+    __device__ __forceinline__ void raise(float (&highest)[2]) {
 #pragma unroll
         for (int e = 0; e < 2; e++) {
+#pragma unroll
+            for (int mask = 4; mask < 32; mask *= 2) highest[e] = fmaxf(highest[e], from_lane_xor(highest[e], mask));
             const float shrink = highest[e] == NOTHING ? 1.0f : power_of_two(peak[e] - highest[e]);
             peak[e] = highest[e];
             total[e] *= shrink;

@@ -86,36 +86,39 @@ struct Place {
     __device__ __forceinline__ int first_position() const { return (first_tile_of(context) + index) * TILE; }
 };
 
-// All tiles of the step.
-__device__ __forceinline__ int count_work(const Arguments& a, int lane) {
-    int tiles = 0;
-    for (int i = lane; i < a.num_sequences; i += 32) tiles += tiles_of(a.contexts[i]);
-#pragma unroll
-    for (int mask = 16; mask; mask /= 2) tiles += from_lane_xor(tiles, mask);
-    return tiles * KV_HEADS;
-}
+// The step's tiles, added up lane by lane: each lane has `run` neighbouring sequences, whose contexts are read all at
+// once and but one more time.
+struct Sums {
+    int run, end;  // end: the tiles, times heads, of this lane's sequences and of those before
+
+    __device__ __forceinline__ Sums(const Arguments& a, int lane) : run((a.num_sequences + 31) / 32) {
+        const int first = min(lane * run, a.num_sequences), last = min(first + run, a.num_sequences);
+        int tiles = 0;
+#pragma unroll 8
+        for (int i = first; i < last; i++) tiles += tiles_of(a.contexts[i]);
+        end = sum_up_to_lane(tiles, lane) * KV_HEADS;
+    }
+    __device__ __forceinline__ int all() const { return from_lane(end, 31); }
+};
 
 // Where tile number `unit` is. pair_start: the number of its pair's first tile.
-__device__ __forceinline__ Place find_place(const Arguments& a, int unit, int& pair_start, int lane) {
-    int before = 0;  // tiles, times heads, of the sequences before
+__device__ __forceinline__ Place find_place(const Arguments& a, const Sums& sums, int unit, int& pair_start, int lane) {
+    const int owner = first_lane_where(sums.end > unit);  // of the sequence
+    int before = owner == 0 ? 0 : from_lane(sums.end, min(owner, 32) - 1);  // tiles, times heads
     Place place{a.num_sequences, 0, 0, 1, 0};
-    for (int base = 0; base < a.num_sequences; base += 32) {
-        int i = base + lane;
-        int tiles = i < a.num_sequences ? tiles_of(a.contexts[i]) : 0;
-        int end = before + sum_up_to_lane(tiles, lane) * KV_HEADS;
-        bool is_past = end <= unit || i >= a.num_sequences;
-        // The first lane whose sequence ends behind the unit.
-        int mine = is_past ? 32 : lane;
-#pragma unroll
-        for (int mask = 16; mask; mask /= 2) mine = min(mine, from_lane_xor(mine, mask));
+    for (int base = owner * sums.run; base < a.num_sequences; base += 32) {
+        const int i = base + lane;
+        const int context = i < a.num_sequences ? a.contexts[i] : 0;
+        const int end = before + sum_up_to_lane(i < a.num_sequences ? tiles_of(context) : 0, lane) * KV_HEADS;
+        const int mine = first_lane_where(end > unit);
         if (mine < 32) {
-            tiles = from_lane(tiles, mine);
-            int start = from_lane(end, mine) - tiles * KV_HEADS;
             place.sequence = base + mine;
-            place.head = (unit - start) / tiles;
-            place.index = (unit - start) % tiles;
-            place.enter(a);
-            pair_start = start + place.head * tiles;
+            place.context = from_lane(context, mine);
+            place.tiles = tiles_of(place.context);
+            const int start = from_lane(end, mine) - place.tiles * KV_HEADS;
+            place.head = (unit - start) / place.tiles;
+            place.index = (unit - start) % place.tiles;
+            pair_start = start + place.head * place.tiles;
             return place;
         }
         before = from_lane(end, 31);
@@ -251,9 +254,7 @@ struct State {
             weights[r] = is_seen ? logit * LOG2_E : NOTHING;
             highest = fmaxf(highest, weights[r]);
         }
-        highest = fmaxf(highest, from_lane_xor(highest, 1));
-        highest = fmaxf(highest, from_lane_xor(highest, 2));
-        if (is_any(highest > peak)) raise(highest);
+        if (is_any(highest > peak)) raise(highest);  // seldom: only then lanes tell each other theirs
         const float base = peak == NOTHING ? 0.0f : peak;
 #pragma unroll
         for (int r = 0; r < 4; r++) {
@@ -264,8 +265,10 @@ struct State {
         add_values(values, pack_elements(weights[0], weights[1]), pack_elements(weights[2], weights[3]));
     }
 
-    // To a higher peak.
+    // To a higher peak; highest: of this lane's positions.
     __device__ __forceinline__ void raise(float highest) {
+        highest = fmaxf(highest, from_lane_xor(highest, 1));
+        highest = fmaxf(highest, from_lane_xor(highest, 2));
         const float shrink = highest == NOTHING ? 1.0f : power_of_two(peak - highest);
         peak = highest;
         total *= shrink;
@@ -477,10 +480,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) decode(const __grid_con
     Leftover(*notes)[2] = reinterpret_cast<Leftover(*)[2]>(leftover_area(shared, WARPS, FIRST));
 
     // Contexts, block tables and all but a sequence's newest K and V are older than the kernel before.
-    const Shares shares(count_work(a, lane), gridDim.x * WARPS);
+    const Sums sums(a, lane);
+    const Shares shares(sums.all(), gridDim.x * WARPS);
     const int worker = blockIdx.x * WARPS + warp, begin = shares.begin_of(worker), end = shares.begin_of(worker + 1);
     int pair_start = 0;
-    Place place = find_place(a, begin, pair_start, lane);
+    Place place = find_place(a, sums, begin, pair_start, lane);
     Reader reader;
     reader.begin(a, place, end - begin, lane);
     int num_early = 0;

@@ -12,6 +12,9 @@ __device__ __forceinline__ T from_lane_xor(T value, int mask) {
 
 __device__ __forceinline__ bool is_any(bool value) { return __any_sync(0xffffffff, value); }
 
+// 32: nowhere.
+__device__ __forceinline__ int first_lane_where(bool value) { return __clz(__brev(__ballot_sync(0xffffffff, value))); }
+
 // 1 + 2 + … as a lane sees it: the sum of the values of this lane and those before.
 __device__ __forceinline__ int sum_up_to_lane(int value, int lane) {
 #pragma unroll

@@ -1,10 +1,14 @@
 """Decode attention in CUDA C++ over codes, and 16-bit products of few rows: checked, and timed beside what was before.
 
-    python benchmarks/gpu_decode.py [--json FILE] [--bandwidth 4.55e12] [--skip-products]
+    python benchmarks/gpu_decode.py [--json FILE] [--bandwidth 4.55e12] [--only codes steps products]
 
 Every kind of cache, shape of heads, window and soft cap is held against Triton's kernel, twice, for the same bits.
 Times are of CUDA graphs over as many caches as exceed the L2 cache; the floor is the bytes of codes and scales by
 --bandwidth. "rule" is the variant that is chosen, others have as many warps and tiles in flight as they say.
+
+"steps" are 32 layers of decodes of 16-bit caches as in the engine: of ragged contexts, in a pool of --pool-bytes,
+right behind the kernel that rotates and stores, whose own time is taken off; with a sequence's blocks side by side,
+and scattered over the pool. Some sequences are held against plain torch.
 """
 
 from __future__ import annotations
@@ -24,14 +28,16 @@ from gpu_attention import COLD_BYTES, DEVICE, LLAMA, decode_calls, gpu, graph_se
 from gpu_int4 import LAYERS, SHAPES, Matrix, make, microseconds, planned, plans_of, ring_layer
 from gpu_kv import num_bytes_of, random_step
 
+from turbolm.errors import EngineError
 from turbolm.kv import KvKind
-from turbolm.ops import AttentionSpec
+from turbolm.ops import AttentionSpec, LayerCache, RopeTable
 from turbolm.ops.cuda.decode import Variant, decode_attention, variant_for
 from turbolm.ops.cuda.decode_check import disagreement
 from turbolm.ops.cuda.linear import gpu_of
 from turbolm.ops.cuda.plan import DENSE
 from turbolm.ops.triton.decode import decode_attention as triton_attention
 from turbolm.ops.triton.decode import plan_decode
+from turbolm.ops.triton.rotary import rotary_store
 
 BLOCK_SIZE = 64
 KINDS: tuple[KvKind, ...] = ("int8", "int4", "fp8")
@@ -46,6 +52,13 @@ SPECS = {
     "window": replace(LLAMA, window=100),
     "soft cap": replace(LLAMA, softcap=30.0),
 }
+LLAMA_2 = AttentionSpec(32, 32, 128, 128, 128**-0.5)
+STEP_LAYERS = 32
+LAYER_STEPS = (  # sequences and their mean context
+    (LLAMA, 256, 264), (LLAMA, 64, 300), (LLAMA, 16, 4096), (LLAMA, 8, 4096), (LLAMA, 1, 300), (LLAMA, 1, 32768),
+    (LLAMA_2, 256, 257), (LLAMA_2, 16, 257), (LLAMA_2, 1, 257),
+)  # fmt: skip
+PARTS = ("codes", "steps", "products")
 
 
 def variant_of(spec: AttentionSpec, kind: KvKind, dtype: torch.dtype = torch.bfloat16) -> Variant | None:
@@ -133,6 +146,85 @@ def time_decode(kind: KvKind, bandwidth: float) -> tuple[bool, list[dict[str, An
     return right, records
 
 
+def plain_attention(
+    q: torch.Tensor, cache: LayerCache, blocks: torch.Tensor, context: int, spec: AttentionSpec
+) -> torch.Tensor:
+    """One row [num_heads * head_dim] in float32."""
+    k, v = (
+        pool[blocks.long()]
+        .transpose(0, 1)
+        .flatten(1, 2)[:, :context]
+        .float()
+        .repeat_interleave(spec.num_heads // spec.num_kv_heads, 0)
+        for pool in (cache.k, cache.v)
+    )
+    heads = q[: spec.q_width].view(spec.num_heads, 1, spec.head_dim).float()
+    return ((heads @ k.transpose(1, 2) * spec.scale).softmax(2) @ v).flatten()
+
+
+def time_step(spec: AttentionSpec, count: int, context: int, bandwidth: float, pool_bytes: float) -> tuple[bool, Any]:
+    contexts = [round(context * (0.5 + i / (count - 1))) for i in range(count)] if count > 1 else [context]
+    needed = [-(-c // BLOCK_SIZE) for c in contexts]
+    token_bytes = 2 * 2 * spec.num_kv_heads * spec.head_dim
+    num_blocks = int(pool_bytes) // (STEP_LAYERS * BLOCK_SIZE * token_bytes)
+    pool = (num_blocks, spec.num_kv_heads, BLOCK_SIZE, spec.head_dim)
+    caches = [
+        LayerCache(*(torch.empty(pool, dtype=torch.bfloat16, device=DEVICE).normal_() for _ in range(2)))
+        for _ in range(STEP_LAYERS)
+    ]
+    qkv, rows = (torch.randn(count, spec.qkv_width, device=DEVICE).bfloat16() for _ in range(2))
+    out, lengths = out_of(qkv, spec), torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
+    positions = lengths - 1
+    counters = torch.zeros(count * spec.num_kv_heads, dtype=torch.int32, device=DEVICE)
+    angles = 6 * torch.randn(max(contexts), 64, device=DEVICE)
+    rope = RopeTable(angles.cos(), angles.sin())
+    floor = sum(contexts) * token_bytes / bandwidth
+    right, record = True, {"heads": spec.num_kv_heads, "sequences": count, "context": context, "floor": floor}
+    for place, order in (("side by side", torch.arange(num_blocks)), ("scattered", torch.randperm(num_blocks))):
+        ids = order[: sum(needed)].int().split(needed)
+        tables = torch.nn.utils.rnn.pad_sequence(list(ids), batch_first=True).to(DEVICE)
+        slots = torch.tensor(
+            [int(own[-1]) * BLOCK_SIZE + (c - 1) % BLOCK_SIZE for own, c in zip(ids, contexts, strict=True)],
+            dtype=torch.int32, device=DEVICE,
+        )  # fmt: skip
+
+        def rotate(cache: LayerCache, slots: torch.Tensor = slots) -> None:
+            rotary_store(qkv, positions, slots, cache, spec, rope, None, None, 1e-6, rows)
+
+        def attend(cache: LayerCache, tables: torch.Tensor = tables) -> None:
+            decode_attention(rows, tables, lengths, cache, spec, out, counters)
+
+        rotate(caches[0])
+        attend(caches[0])
+        for row in {0, count // 2, count - 1}:
+            expected = plain_attention(rows[row], caches[0], tables[row, : needed[row]], contexts[row], spec)
+            right &= torch.allclose(out[row].float(), expected, atol=1e-2, rtol=2e-2)
+        rotating = [lambda c=c, r=rotate: r(c) for c in caches]  # type: ignore[misc]
+        attending = [lambda c=c, a=attend: a(c) for c in caches]  # type: ignore[misc]
+        both = [call for pair in zip(rotating, attending, strict=True) for call in pair]
+        rotation = graph_seconds(rotating)
+        record |= {f"{place}, alone": graph_seconds(attending), f"{place}, behind": 2 * graph_seconds(both) - rotation}
+        record["rotation"] = rotation
+    return right, record
+
+
+def time_steps(bandwidth: float, pool_bytes: float) -> tuple[bool, list[dict[str, Any]]]:
+    all_right, records = True, []
+    for spec, count, context in LAYER_STEPS:
+        try:
+            right, record = time_step(spec, count, context, bandwidth, pool_bytes)
+        except (RuntimeError, EngineError) as error:
+            print(f"  FAILED {count} x {context}: {error}", flush=True)
+            all_right = False
+            continue
+        times = "  ".join(f"{name} {value * 1e6:.1f}" for name, value in record.items() if isinstance(value, float))
+        verdict = "" if right else "  WRONG"
+        print(f"  {spec.num_kv_heads:2} heads {count:4} x {context:6} µs: {times}{verdict}", flush=True)
+        all_right &= right
+        records.append({"kind": "step", **record})
+    return all_right, records
+
+
 def time_products() -> list[dict[str, Any]]:
     """A chain of Llama-2-7B's layers in 16 bits: an SM per CTA, all beside each other, against what was before."""
     layers: list[dict[str, Matrix]] = [
@@ -161,16 +253,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--bandwidth", type=float, default=4.55e12, help="bytes per second")
-    parser.add_argument("--skip-products", action="store_true")
+    parser.add_argument("--pool-bytes", type=float, default=60e9, help="of all layers of the steps")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args()
     start = time.monotonic()
     print(f"{torch.cuda.get_device_name(DEVICE)}, torch {torch.__version__}")
-    right, records = check(), []
-    for kind in KINDS:
+    right, records = True, []
+    if "steps" in options.only:
+        right, records = time_steps(options.bandwidth, options.pool_bytes)
+    if "codes" in options.only:
+        right &= check()
+    for kind in KINDS if "codes" in options.only else ():
         is_right, rows = time_decode(kind, options.bandwidth)
         right &= is_right
         records += rows
-    if not options.skip_products:
+    if "products" in options.only:
         records += time_products()
     print(f"{'all right' if right else 'WRONG RESULTS'}, {time.monotonic() - start:.0f} s")
     if options.json is not None:

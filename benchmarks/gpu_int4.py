@@ -5,12 +5,13 @@
 The layers of a Llama-2-7B shape, group 128. Times are of CUDA graphs: those of one product go through copies that
 exceed the L2 cache together, those of a step through 32 layers of different weights, in which kernels overlap as in a
 model. Layouts are named by what makes them; the best of each product is printed as `Plan(...)`. Each section has a
-process and a time limit of its own.
+process and a time limit of its own, and where it fails a second one, which goes on after the product that failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -53,7 +54,7 @@ LAYERS = 32
 UNIT = INT4[128]
 ROTATION = 150 << 20  # bytes of weights that a graph goes through at least: three times the L2 cache
 MEMORY = 4.55e6  # bytes per microsecond of an H200
-SECTIONS = {"compile": 60, "check": 30, "layouts": 60, "steps": 30}  # and their limits in seconds
+SECTIONS = {"compile": 60, "check": 40, "layouts": 50, "steps": 40}  # and their limits in seconds
 CHECKS = ((torch.bfloat16, 128), (torch.bfloat16, 32), (torch.float16, 64), (torch.float16, 0))  # 0: a row
 #: Beside those that the planner has.
 MORE_TILES = tuple(
@@ -172,7 +173,7 @@ def candidates(t: int, n: int, k: int, output: Output) -> Iterator[Plan]:
                 yield centered(plan)
 
 
-def compile_all(rows: Sequence[int], _found: dict[str, Any]) -> None:
+def compile_all(rows: Sequence[int]) -> None:
     """What will run, by many threads."""
     jobs: set[tuple[str, tuple[tuple[str, int], ...], str]] = set()
     architecture = "sm_{}{}".format(*torch.cuda.get_device_capability())
@@ -239,7 +240,7 @@ def check(rows: Sequence[int], found: dict[str, Any]) -> None:
                 results[label] = (out, y)
             for label, (result, expected) in results.items():
                 error = error_of(result, expected)
-                if error > (1e-5 if label in ("raw", "centered") else 1e-2):
+                if error > (1e-4 if label in ("raw", "centered") else 1e-2):
                     print(f"WRONG {label} {error:.3g}: {where}", flush=True)
                 worst[label] = max(worst.get(label, (0.0, "")), (error, where))
     for label, (error, where) in worst.items():
@@ -247,13 +248,17 @@ def check(rows: Sequence[int], found: dict[str, Any]) -> None:
     found["errors"] = worst
 
 
-def time_layouts(rows: Sequence[int], found: dict[str, Any]) -> None:
+def time_layouts(rows: Sequence[int], found: dict[str, Any], save: Callable[[], None]) -> None:
     """Layouts of each product: the chosen one (raw, then centered, which came before it), and the fastest."""
     for name, (n, k) in SHAPES.items():
         num_bytes = n * k * UNIT.num_bytes // (16 * UNIT.k)
         matrices = [any_matrix(n, k) for _ in range(max(2, -(-ROTATION // num_bytes)))]
         output = output_of(name)
         for t in rows:
+            if f"{name} {t}" in found.setdefault("layouts", {}):
+                continue
+            found["layouts"][f"{name} {t}"] = None
+            save()
             x, out = make(t, k), {}  # type: ignore[var-annotated]
             times: list[tuple[float, str]] = []
             for plan in candidates(t, n, k, output):
@@ -271,7 +276,7 @@ def time_layouts(rows: Sequence[int], found: dict[str, Any]) -> None:
                 f"wide {widely:.2f}, best {best[0][0]:.2f} us"
             )
             print("\n".join(f"   {duration:.2f} {label}" for duration, label in best), flush=True)
-            found.setdefault("layouts", {})[f"{name} {t}"] = {"times": times, "wide": widely}
+            found["layouts"][f"{name} {t}"] = {"times": times, "wide": widely}
 
 
 def time_steps(rows: Sequence[int], found: dict[str, Any]) -> None:
@@ -299,6 +304,15 @@ def time_steps(rows: Sequence[int], found: dict[str, Any]) -> None:
         found.setdefault("steps", {})[t] = row
 
 
+def run_section(section: str, limit: int) -> int | None:
+    """The exit status; None: it took too long."""
+    started, status = time.perf_counter(), None
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        status = subprocess.run([sys.executable, *sys.argv, "--section", section], timeout=limit).returncode
+    print(f"{section}: {time.perf_counter() - started:.0f} s, status {status}", flush=True)
+    return status
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("int4.json"), help="a JSON file for the results")
@@ -308,23 +322,24 @@ def main() -> None:
     if options.section is None:
         options.out.unlink(missing_ok=True)
         for section, limit in SECTIONS.items():
-            started = time.perf_counter()
-            try:
-                status = subprocess.run([sys.executable, *sys.argv, "--section", section], timeout=limit).returncode
-            except subprocess.TimeoutExpired:
-                status = "none, it took too long"
-            print(f"{section}: {time.perf_counter() - started:.0f} s, status {status}", flush=True)
+            if run_section(section, limit) != 0 and section == "layouts":
+                run_section(section, limit)
         return
     error = cuda_kernels_error()
     if error:
         raise SystemExit(f"the kernels can't run: {error}")
     found: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
+    save = lambda: options.out.write_text(json.dumps(found, indent=1)) and None  # noqa: E731
+    sections = {
+        "compile": lambda: compile_all(options.rows),
+        "check": lambda: check(options.rows, found),
+        "layouts": lambda: time_layouts(options.rows, found, save),
+        "steps": lambda: time_steps(options.rows, found),
+    }
     try:
-        {"compile": compile_all, "check": check, "layouts": time_layouts, "steps": time_steps}[options.section](
-            options.rows, found
-        )
+        sections[options.section]()
     finally:
-        options.out.write_text(json.dumps(found, indent=1))
+        save()
 
 
 if __name__ == "__main__":

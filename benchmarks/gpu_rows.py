@@ -32,6 +32,7 @@ from turbolm.ops.triton import rows, sampling
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16
 STEPS = (1, 8, 64, 256, 8192)  # tokens
+SWEPT = (1, 64, 256, 8192)
 PARTS = (1, 2, 4, 8)  # of small steps; 0 below: finished
 BLOCK_SIZE = 16
 CALLS = 20  # per graph
@@ -93,7 +94,7 @@ def norm_cases(sweep: bool) -> Iterator[Case]:
                 return max(error(residual, expected), error(out, reference.rms_norm(residual.float(), weight, 1e-5)))
 
             num_bytes = size_of(x, residual, residual, out, weight)
-            for warps in (None, 4, 8, 16, 32) if sweep and num_tokens in (1, 8192) else (None,):
+            for warps in (None, 4, 8, 16, 32) if sweep and num_tokens in SWEPT else (None,):
                 call = partial(rows.add_rms_norm, x, residual, weight, 1e-5, out, num_warps=warps)
                 size = f"h {width} t {num_tokens} p {num_parts}" + ("" if warps is None else f" warps {warps}")
                 yield Case("norm", size, call, num_bytes, check if warps is None else None)
@@ -110,7 +111,7 @@ def activation_cases(sweep: bool) -> Iterator[Case]:
                 rows.activate_multiply(x, "silu", out)
                 return error(out, reference.activate_multiply(value, "silu"))
 
-            for block in (None, 256, 512, 1024, 2048) if sweep and num_tokens in (1, 8192) else (None,):
+            for block in (None, 256, 512, 1024, 2048) if sweep and num_tokens in SWEPT else (None,):
                 call = partial(rows.activate_multiply, x, "silu", out, block=block)
                 size = f"f {width} t {num_tokens} p {num_parts}" + ("" if block is None else f" block {block}")
                 yield Case("activate", size, call, size_of(x, out), check if block is None else None)
@@ -142,7 +143,7 @@ def rotary_cases(sweep: bool) -> Iterator[Case]:
                 return max(error(out, value), error(cache.k, wanted.k), error(cache.v, wanted.v))
 
             num_bytes = size_of(x, out) + num_tokens * (2 * 8 * 128 * 2 + 128 * 4)
-            for per_program in (None, 1, 2, 4, 8) if sweep and num_tokens in (1, 8192) else (None,):
+            for per_program in (None, 1, 2, 4, 8) if sweep and num_tokens in SWEPT else (None,):
                 size = f"w {spec.qkv_width} t {num_tokens} p {num_parts}"
                 size += "" if per_program is None else f" heads {per_program}"
                 call = partial(launch, heads=per_program)

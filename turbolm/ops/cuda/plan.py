@@ -16,7 +16,6 @@ X_BUFFERS = 3  # slices of x in shared memory where not all fit
 PREFETCH_BYTES = 64 << 10  # of weights per CTA that are brought into L2 before the kernel waits for x
 MAX_SPLITS = 16
 
-_RAW_TOKENS = 16  # with more, the products that raw codes take beside take longer than what they save
 _SUM_ROW = 20  # floats per token in what warps exchange: 16 and padding
 _RESERVED_SHARED = 1024  # bytes per CTA that the system takes
 
@@ -147,7 +146,8 @@ def tiles_of(unit: Unit) -> tuple[Tile, ...]:
     if unit.is_dense:
         return TILES
     if unit.groups:
-        return tuple(replace(tile, unit=unit, raw_codes=tile.tokens <= _RAW_TOKENS) for tile in INT4_TILES)
+        most = 16 if unit.groups == 1 else 8  # tokens: with more, raw codes take products and registers, too
+        return tuple(replace(tile, unit=unit, raw_codes=tile.tokens <= most) for tile in INT4_TILES)
     return tuple(replace(tile, unit=unit) for tile in (*TILES, *EIGHT_BIT_TILES))
 
 

@@ -1,8 +1,8 @@
 """What the row kernels share: how they are launched, and how they read the result of a matrix product.
 
 Programmatic dependent launch (compute capability 9.0 and newer): a kernel's programs may start while the
-kernel before it still runs. Each reads constants only, then waits for that kernel, then allows the next
-one to start; so a chain of small kernels pays for no launch.
+kernel before it still runs. Each reads only constants and what the step began with, waits for that kernel,
+then allows the next one to start; so a chain of small kernels pays for no launch.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
@@ -26,7 +26,7 @@ def pdl_options(device: torch.device) -> dict[str, bool]:
 
 @triton.jit
 def await_inputs(PDL: tl.constexpr):
-    """Before this, a program reads constants only and writes nothing."""
+    """Before this, a program reads only constants and what the step began with, and writes nothing."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

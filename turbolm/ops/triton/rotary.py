@@ -126,7 +126,7 @@ def _finish_heads(
             norm_b = tl.load(norm + dim_b, mask=in_half, other=0.0).to(tl.float32)
         if ROTARY_DIM < DIM:
             norm_c = tl.load(norm + dim_c, mask=in_rest, other=0.0).to(tl.float32)
-    await_inputs(PDL)
+    # Positions and slots are older than the kernel before.
     offset = tl.zeros((HEADS,), tl.int64)
     is_stored = True
     if CACHED:
@@ -138,6 +138,8 @@ def _finish_heads(
         angle = tl.load(positions + row).to(tl.int64) * HALF + pair
         c = tl.load(cos + angle, mask=in_half, other=0.0)
         s = tl.load(sin + angle, mask=in_half, other=0.0)
+    await_inputs(PDL)
+    if ROTARY_DIM > 0:
         mask = is_head[:, None] & in_half[None, :]
         a = load_sum(parts + start[:, None] + dim_a[None, :], mask, part_stride, NUM_PARTS)
         b = load_sum(parts + start[:, None] + dim_b[None, :], mask, part_stride, NUM_PARTS)

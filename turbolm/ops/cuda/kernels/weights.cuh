@@ -46,6 +46,12 @@ struct Int4Weights {
         return read_matrices(x_unit + (block * TILES_T + tile) * 512 + lane * 16);
     }
 
+    __device__ static __forceinline__ void read_codes(uint4 (&codes)[TILES_M], u32 w_unit, int half, int lane) {
+#pragma unroll
+        for (int m = 0; m < TILES_M; m++)
+            codes[m] = read_shared(w_unit + m * UNIT_BYTES + half * 512 + lane * 16);
+    }
+
     __device__ static __forceinline__ uint2 read_words(u32 w_unit, int group, int lane) {
         return read_shared_pair(w_unit + INT4_CODE_BYTES + group * 64 + (lane >> 2) * 8);
     }
@@ -65,17 +71,13 @@ struct Int4Weights {
                                                         int lane) {
         constexpr int CHAINS = TILES_T == 1 ? 2 : 1;  // products that wait for each other are fewer
         constexpr u32 ONE = 0x00010001, SIXTEEN = 0x00100010;
-        uint4 codes[TILES_M][2];
-#pragma unroll
-        for (int m = 0; m < TILES_M; m++)
-#pragma unroll
-            for (int half = 0; half < 2; half++)
-                codes[m][half] = read_shared(w_unit + m * UNIT_BYTES + half * 512 + lane * 16);
+        uint4 codes[TILES_M];
 #pragma unroll
         for (int group = 0; group < GROUPS; group++) {
             float parts[CHAINS][TILES_M][TILES_T][4] = {}, x_sums[CHAINS][TILES_T][4] = {};
 #pragma unroll
             for (int block = group * GROUP_BLOCKS; block < (group + 1) * GROUP_BLOCKS; block++) {
+                if (block % 2 == 0) read_codes(codes, w_unit, block / 2, lane);
                 uint4 b[TILES_T];
 #pragma unroll
                 for (int tile = 0; tile < TILES_T; tile++) {
@@ -86,8 +88,8 @@ struct Int4Weights {
 #pragma unroll
                 for (int m = 0; m < TILES_M; m++) {
                     u32 f[2][4];
-                    int4_raw_fragment(word_of(codes[m][block / 2], block % 2 * 2), a.code_mask, f[0]);
-                    int4_raw_fragment(word_of(codes[m][block / 2], block % 2 * 2 + 1), a.code_mask, f[1]);
+                    int4_raw_fragment(word_of(codes[m], block % 2 * 2), a.code_mask, f[0]);
+                    int4_raw_fragment(word_of(codes[m], block % 2 * 2 + 1), a.code_mask, f[1]);
 #pragma unroll
                     for (int tile = 0; tile < TILES_T; tile++) {
                         multiply_add(parts[0][m][tile], f[0][0], f[0][1], f[0][2], f[0][3], b[tile].x, b[tile].y);
@@ -133,11 +135,7 @@ struct Int4Weights {
             Sums parts = {};
 #pragma unroll
             for (int block = group * GROUP_BLOCKS; block < (group + 1) * GROUP_BLOCKS; block++) {
-                if (block % 2 == 0) {
-#pragma unroll
-                    for (int m = 0; m < TILES_M; m++)
-                        codes[m] = read_shared(w_unit + m * UNIT_BYTES + block / 2 * 512 + lane * 16);
-                }
+                if (block % 2 == 0) read_codes(codes, w_unit, block / 2, lane);
                 uint4 b[TILES_T];
 #pragma unroll
                 for (int tile = 0; tile < TILES_T; tile++) b[tile] = read_x(x_unit, block, tile, lane);

@@ -63,6 +63,7 @@ struct Product {
     u32 a[4];
     u64 b;
     float (*sums)[4];
+    u64 rows;  // where a is in shared memory, if it is there
 };
 
 static struct Products {
@@ -107,6 +108,10 @@ static void multiply_add_rows(float (&sums)[TOKENS / 8][4], const u32 (&a)[4], u
     products[current].all.push_back({{a[0], a[1], a[2], a[3]}, b, sums});
 }
 
+static void multiply_add_rows(float (&sums)[TOKENS / 8][4], u64 a, u64 b) {
+    products[current].all.push_back({{}, b, sums, a});
+}
+
 static void commit_products() { products[current].groups.push_back(products[current].all.size()); }
 
 static float row_element(u64 descriptor, int token, int k) {
@@ -126,6 +131,7 @@ static void finish_product(long index) {
         for (int k = 0; k < 16; k++) {
             const Product& holder = products[quad + k % 8 / 2].all[index];
             float a = element(holder.a[i / 2 + k / 8 * 2], k % 2);
+            if (product.rows) a = row_element(product.rows, current % 128 / 32 * 16 + current % 32 / 4 + i / 2 * 8, k);
             for (int j = 0; j < TOKENS / 8; j++)
                 product.sums[j][i] += a * row_element(product.b, j * 8 + column + i % 2, k);
         }

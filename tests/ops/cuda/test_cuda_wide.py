@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from turbolm.ops.cuda import wide
 from turbolm.ops.cuda.compiler import KERNELS
-from turbolm.ops.cuda.int4 import Int4Matrix, pack
-from turbolm.ops.cuda.plan import INT4, Gpu, Output
+from turbolm.ops.cuda.int4 import pack
+from turbolm.ops.cuda.linear import stored, unit_of
+from turbolm.ops.cuda.plan import DENSE, INT4, Gpu, Output
 from turbolm.ops.cuda.wide import WidePlan, WideTile
 from turbolm.quant.int4 import int4
 
@@ -25,14 +26,14 @@ H200 = Gpu(132, 232_448, 233_472)
 
 
 def emulate(
-    folder: Path, plan: WidePlan, output: Output, x: torch.Tensor, w: Int4Matrix, bias: torch.Tensor | None, order: int
+    folder: Path, plan: WidePlan, output: Output, x: torch.Tensor, w: wide.Matrix, bias: torch.Tensor | None, order: int
 ) -> torch.Tensor:
     """What the kernel leaves in its output, NaN where it writes nothing."""
     for name in ("wide.cu", "activation.cuh", "int4.cuh"):
         shutil.copy(KERNELS / name, folder)
     for name in ("ptx.cuh", "wgmma.cuh"):  # the emulator brings its own
         (folder / name).write_text("")
-    defines = wide.kernel_defines(plan.tile, w.unit, output, 0, x.dtype)
+    defines = wide.kernel_defines(plan.tile, unit_of(w), output, 0, x.dtype)
     source, path = Path(__file__).parent / "emulator.cpp", folder / "emulator.so"
     command = ["c++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{folder}"]
     command += [f"-D{name}={value}" for name, value in defines.items()]
@@ -43,12 +44,12 @@ def emulate(
     partials = torch.full((plan.grid, plan.tile.partial_bytes // 4), float("nan"))
     flags = torch.zeros(plan.grid, dtype=torch.int32)
     arguments = wide.plan_arguments(plan)
-    arguments.x, arguments.w, arguments.out = x.data_ptr(), w.units.data_ptr(), out.data_ptr()
+    arguments.x, arguments.w, arguments.out = x.data_ptr(), stored(w).data_ptr(), out.data_ptr()
     arguments.bias = None if bias is None else bias.data_ptr()
     arguments.partials, arguments.flags = partials.data_ptr(), flags.data_ptr()
     arguments.x_stride, arguments.t, arguments.n, arguments.k = x.stride(0), t, n, k
     x_bytes = ((t - 1) * x.stride(0) + k) * 2
-    sizes = [ctypes.c_long(size) for size in (plan.tile.shared_bytes(w.unit), x_bytes, w.units.numel())]
+    sizes = [ctypes.c_long(size) for size in (plan.tile.shared_bytes(unit_of(w)), x_bytes, stored(w).nbytes)]
     ctypes.CDLL(str(path)).emulate(ctypes.byref(arguments), plan.grid, 1, *sizes, order)
     assert not flags.any()  # for the next launch
     return out
@@ -83,6 +84,43 @@ def test_the_kernel_multiplies(name: str, tmp_path: Path) -> None:
     assert not out.isnan().any()
     precision = 2e-5 if output is Output.FLOATS else torch.finfo(dtype).eps
     torch.testing.assert_close(out.float(), expected, rtol=precision, atol=precision)
+
+
+DENSE_CASES = {
+    # (tile, output, t, n, k, CTAs, dtype)
+    "a tile per CTA": (WideTile(32, 1, 4), Output.ELEMENTS, 27, 128, 192, 2, B),
+    "tiles cut, a ragged one": (WideTile(16, 1, 3), Output.FLOATS, 16, 144, 320, 5, H),
+    "several CTAs in a tile, two warpgroups": (WideTile(32, 2, 4), Output.FLOATS, 25, 160, 448, 4, B),
+    "two tiles of tokens": (WideTile(16, 2, 4), Output.ELEMENTS, 21, 160, 256, 3, B),
+    "gated": (WideTile(64, 1, 3), Output.GATED, 50, 192, 256, 2, H),
+}
+
+
+@pytest.mark.parametrize("name", DENSE_CASES)
+def test_the_kernel_multiplies_by_16_bits(name: str, tmp_path: Path) -> None:
+    tile, output, t, n, k, grid, dtype = DENSE_CASES[name]
+    generator = torch.Generator().manual_seed(n * k)
+    x = torch.randn(t, k + 8, generator=generator).to(dtype)[:, :k]
+    w = (torch.randn(n, k, generator=generator) / k**0.5).to(dtype)
+    bias = torch.randn(n, generator=generator).to(dtype) if output is Output.ELEMENTS else None
+    plan = WidePlan(tile, grid, -(-n // (64 * tile.warpgroups)), -(-t // tile.tokens), k // 64)
+    out = emulate(tmp_path, plan, output, x, w, bias, 1 if t % 2 else -1)
+    expected = F.linear(x.float(), w.float(), None if bias is None else bias.float())
+    if output is Output.GATED:
+        expected = F.silu(expected[:, : n // 2]) * expected[:, n // 2 :]
+    assert not out.isnan().any()
+    precision = 2e-5 if output is Output.FLOATS else torch.finfo(dtype).eps
+    torch.testing.assert_close(out.float(), expected, rtol=precision, atol=precision)
+
+
+@given(t=st.integers(17, 1000), n=st.integers(1, 3000), k=st.integers(1, 300))
+def test_plans_for_16_bits_fit_the_gpu_and_give_every_cta_items(t: int, n: int, k: int) -> None:
+    plan = wide.plan_wide(t, 16 * n, 64 * k, DENSE, H200)
+    arguments = wide.plan_arguments(plan)
+    assert 1 <= plan.grid <= H200.num_sms and arguments.share >= 1
+    assert arguments.share * plan.grid + arguments.share_extra == plan.num_items
+    assert plan.row_tiles * plan.tile.warpgroups * 4 >= n and plan.token_tiles * plan.tile.tokens >= t
+    assert plan.tile.shared_bytes(DENSE) <= H200.shared_per_cta and plan.tile in wide.DENSE_TILES
 
 
 @given(t=st.integers(1, 5000), n=st.integers(1, 3000), k=st.integers(1, 300), group=st.sampled_from(list(INT4)))

@@ -50,7 +50,7 @@ def supports(t: int, n: int, k: int, dtype: torch.dtype, unit: Unit = DENSE) -> 
 def takes(t: int, matrix: Matrix) -> bool:
     """`supports`, of a matrix."""
     dtype = matrix.dtype if isinstance(matrix, Tensor) else torch.bfloat16  # quantized: as well as float16
-    return supports(t, *matrix.shape, dtype, _unit_of(matrix))
+    return supports(t, *matrix.shape, dtype, unit_of(matrix))
 
 
 def linear_parts(x_tk: Tensor, weight: Matrix, bias_n: Tensor | None = None) -> Tensor:
@@ -90,7 +90,7 @@ def gpu_of(device_index: int) -> Gpu:
 def plan_for(x_tk: Tensor, weight: Matrix, output: Output) -> Plan:
     """The layout for these matrices; EngineError where `supports` is false."""
     (t, k), n = x_tk.shape, weight.shape[0]
-    plan = plan_linear(t, n, k, output, gpu_of(x_tk.get_device()), _unit_of(weight))
+    plan = plan_linear(t, n, k, output, gpu_of(x_tk.get_device()), unit_of(weight))
     if plan is None:
         raise EngineError(f"no kernel for x [{t}, {k}] and w [{n}, {k}]: `supports` was not asked")
     return plan
@@ -132,7 +132,8 @@ def run(
     launch(device_index)
 
 
-def _unit_of(matrix: Matrix) -> Unit:
+def unit_of(matrix: Matrix) -> Unit:
+    """Of the layout that its kernels read."""
     return DENSE if isinstance(matrix, Tensor) else matrix.unit
 
 

@@ -28,6 +28,7 @@ _FEW_ROWS = 16
 _FEW_ROWS_OF_SMALL = 32  # … with 16-bit weights of at most
 _LARGE = 16 << 20  # bytes
 _FEW_ROWS_OF_INT4 = 8
+_WIDE_ROWS_OF_DENSE = 128  # up to which 16-bit weights are not cuBLAS's, if large
 _INT8_ROWS = 32  # torch._int_mm takes more than 16
 _INT8_SLICE = 2048  # rows whose sums are there at once
 _WIDE_ROWS = 768  # up to which weights of 4 bits are unpacked in the product
@@ -96,11 +97,38 @@ class DenseLinear(RowLinear):
     def matrix(self) -> Tensor:  # type: ignore[override]
         return self.weight
 
-    def _few_rows(self) -> int:
-        return _FEW_ROWS if self.num_bytes > _LARGE else _FEW_ROWS_OF_SMALL
+    def is_deferred(self, num_rows: int) -> bool:
+        return RowLinear.is_deferred(self, num_rows) or self._is_wide(num_rows)
 
     def multiply(self, x_tk: Tensor) -> Tensor:
         return F.linear(x_tk, self.weight, self.bias)
+
+    def parts(self, x_tk: Tensor) -> Tensor:
+        if not self._is_wide(x_tk.shape[0]):
+            return RowLinear.parts(self, x_tk)
+        out = x_tk.new_empty((x_tk.shape[0], self.out_features))
+        wide.wide_linear(x_tk, self.weight, self.bias, out)
+        return out
+
+    def gated(self, x_tk: Tensor, activation: Activation) -> Tensor:
+        if not self._is_wide(x_tk.shape[0]):
+            return RowLinear.gated(self, x_tk, activation)
+        out = x_tk.new_empty((x_tk.shape[0], self.out_features // 2))
+        wide.wide_gated(x_tk, self.weight, activation, out)
+        return out
+
+    def logits(self, x_tk: Tensor, out_tn: Tensor) -> None:
+        if self._is_wide(x_tk.shape[0]):
+            wide.wide_linear(x_tk, self.weight, None, out_tn)
+        else:
+            RowLinear.logits(self, x_tk, out_tn)
+
+    def _few_rows(self) -> int:
+        return _FEW_ROWS if self.num_bytes > _LARGE else _FEW_ROWS_OF_SMALL
+
+    def _is_wide(self, num_rows: int) -> bool:
+        is_between = self._few_rows() < num_rows <= _WIDE_ROWS_OF_DENSE
+        return is_between and self.num_bytes > _LARGE and wide.takes(self.weight)
 
     def _multiply_into(self, x_tk: Tensor, out_tn: Tensor) -> None:
         torch.mm(x_tk, self.weight.T, out_dtype=torch.float32, out=out_tn)

@@ -1,4 +1,4 @@
-"""Linear layers with weights of 4 bits over many rows: `kernels/wide.cu`, and what calls it.
+"""Linear layers with weights of 4 or 16 bits over many rows: `kernels/wide.cu`, and what calls it.
 
 t  rows of x    n, k  out and in features    f = n / 2
 """
@@ -16,14 +16,16 @@ from torch import Tensor
 from turbolm.ops.cuda.compiler import KERNELS, compile_cubin, cuda_kernels_error
 from turbolm.ops.cuda.int4 import Int4Matrix
 from turbolm.ops.cuda.launch import Kernel, Launch
-from turbolm.ops.cuda.linear import ACTIVATIONS, gpu_of
+from turbolm.ops.cuda.linear import ACTIVATIONS, gpu_of, stored, unit_of
 from turbolm.ops.cuda.plan import Gpu, Output, Unit, needs_sm
 
+Matrix = Tensor | Int4Matrix  # [n, k]: in the dtype of x, or of 4 bits
+
 _CAPABILITY = (9, 0)  # wgmma is of this architecture alone
-_ITEM_K = 128
 
 # Microseconds and bytes of one SM, an H200's, fitted to the times of 74 layouts (docs/log.md; rms 5%).
 _HBM = 34_500.0
+_L2 = 42_000.0
 _ITEM = 0.07
 _UNPACK = 0.15  # of an item, per warpgroup: its steps follow each other
 _PRODUCT = 0.25  # 64 rows by 128 tokens by 128 k
@@ -47,7 +49,7 @@ class WideTile:
 
     tokens: int
     warpgroups: int
-    stages: int  # buffers, of 128 k
+    stages: int  # buffers, of an item each
     fragments: int = 2  # products under way per warpgroup
 
     @property
@@ -60,7 +62,7 @@ class WideTile:
         return 64 * self.warpgroups * self.tokens * 4
 
     def item_bytes(self, unit: Unit) -> int:
-        return self.tokens * _ITEM_K * 2 + 4 * self.warpgroups * unit.num_bytes
+        return self.tokens * unit.k * 2 + 4 * self.warpgroups * unit.num_bytes
 
     def shared_bytes(self, unit: Unit) -> int:
         return self.stages * self.item_bytes(unit)
@@ -72,6 +74,14 @@ TILES = (
     WideTile(64, 4, 4, 4),
     WideTile(64, 2, 6),
     *(WideTile(128, warpgroups, 4, 4) for warpgroups in (4, 2)),
+)
+
+
+#: For weights of 16 bits.
+DENSE_TILES = (
+    *(WideTile(32, *sizes) for sizes in ((4, 6), (2, 10))),
+    *(WideTile(64, *sizes) for sizes in ((4, 5), (2, 9))),
+    *(WideTile(128, *sizes) for sizes in ((4, 4), (2, 7))),
 )
 
 
@@ -94,29 +104,32 @@ def estimate(plan: WidePlan, unit: Unit, num_rows: int, gpu: Gpu) -> float:
     """Microseconds."""
     tile = plan.tile
     weights = num_rows // 16 * plan.units * unit.num_bytes
-    item = _ITEM + tile.warpgroups * (_UNPACK + tile.tokens / 128 * _PRODUCT)
+    product = tile.tokens / 128 * _PRODUCT * unit.k / 128
+    item = _ITEM + tile.warpgroups * (product + (0 if unit.is_dense else _UNPACK))
     share, is_uneven = -(-plan.num_items // plan.grid), plan.num_items % plan.grid
     others = min(plan.grid - 1, -(-plan.units // (plan.num_items // plan.grid)))  # that have part of a tile
     if not is_uneven and plan.units % share == 0:
         others = plan.units // share - 1
     parts = others * (_PART + tile.partial_bytes / _PART_BYTES)
-    return max(share * item, weights / (_HBM * gpu.num_sms)) + parts
+    bytes_read = weights + plan.num_items * tile.tokens * unit.k * 2
+    return max(share * item, weights / (_HBM * gpu.num_sms), bytes_read / (_L2 * gpu.num_sms)) + parts
 
 
 @functools.cache
 def plan_wide(num_tokens: int, n: int, k: int, unit: Unit, gpu: Gpu) -> WidePlan:
     """The best layout for x [num_tokens, k] and w [n, k]."""
     plans = []
-    largest = max(tile.tokens for tile in TILES)
-    tokens = next((tile.tokens for tile in TILES if tile.tokens >= num_tokens), largest)
-    for tile in (tile for tile in TILES if tile.tokens == tokens):
+    variants = DENSE_TILES if unit.is_dense else TILES
+    largest = max(tile.tokens for tile in variants)
+    tokens = next((tile.tokens for tile in variants if tile.tokens >= num_tokens), largest)
+    for tile in (tile for tile in variants if tile.tokens == tokens):
         row_tiles, token_tiles = -(-n // (64 * tile.warpgroups)), -(-num_tokens // tokens)
         num_tiles = row_tiles * token_tiles
-        num_items = num_tiles * (k // _ITEM_K)
+        num_items = num_tiles * (k // unit.k)
         # as many as can be; a tile each; as many as cut all tiles alike
         grids = (gpu.num_sms, num_tiles, gpu.num_sms // num_tiles * num_tiles or gpu.num_sms)
         for grid in {min(gpu.num_sms, num_items, grid) for grid in grids}:
-            plans.append(WidePlan(tile, grid, row_tiles, token_tiles, k // _ITEM_K))
+            plans.append(WidePlan(tile, grid, row_tiles, token_tiles, k // unit.k))
     fitting = [plan for plan in plans if plan.tile.shared_bytes(unit) <= gpu.shared_per_cta]
     return min(fitting, key=lambda plan: estimate(plan, unit, n, gpu))
 
@@ -127,29 +140,35 @@ def supports(device_index: int) -> bool:
     return cuda_kernels_error() is None and torch.cuda.get_device_capability(device_index) == _CAPABILITY
 
 
+def takes(matrix: Matrix) -> bool:
+    """Whether the functions below multiply by it, on its device: n a multiple of 16, k of an item."""
+    own, (n, k) = stored(matrix), matrix.shape
+    is_kind = not isinstance(matrix, Tensor) or matrix.dtype in (torch.bfloat16, torch.float16)
+    return is_kind and own.is_cuda and supports(own.get_device()) and n % 16 == 0 and k % unit_of(matrix).k == 0
+
+
 @functools.cache
 def scratch(device_index: int) -> tuple[Tensor, Tensor]:
     """What CTAs leave each other: (sums, flags), for any launch. Launches on one device follow each other."""
     num_sms, device = gpu_of(device_index).num_sms, torch.device("cuda", device_index)
-    sums = torch.empty(num_sms * max(tile.partial_bytes for tile in TILES), dtype=torch.uint8, device=device)
+    num_bytes = num_sms * max(tile.partial_bytes for tile in (*TILES, *DENSE_TILES))
+    sums = torch.empty(num_bytes, dtype=torch.uint8, device=device)
     return sums, torch.zeros(num_sms, dtype=torch.int32, device=device)
 
 
-def wide_linear(x_tk: Tensor, weight: Int4Matrix, bias_n: Tensor | None, out_tn: Tensor) -> None:
+def wide_linear(x_tk: Tensor, weight: Matrix, bias_n: Tensor | None, out_tn: Tensor) -> None:
     """x @ weight.T + bias into `out_tn`, in the dtype of x or float32."""
     output = Output.FLOATS if out_tn.dtype == torch.float32 else Output.ELEMENTS
     _run(x_tk, weight, bias_n, out_tn, output, "silu")
 
 
-def wide_gated(
-    x_tk: Tensor, weight: Int4Matrix, activation: Literal["silu", "gelu", "gelu_tanh"], out_tf: Tensor
-) -> None:
+def wide_gated(x_tk: Tensor, weight: Matrix, activation: Literal["silu", "gelu", "gelu_tanh"], out_tf: Tensor) -> None:
     """activation(x @ first half of weight.T) * (x @ second half of weight.T) into `out_tf`."""
     _run(x_tk, weight, None, out_tf, Output.GATED, activation)
 
 
-def _run(x: Tensor, weight: Int4Matrix, bias: Tensor | None, out: Tensor, output: Output, activation: str) -> None:
-    plan = plan_wide(x.shape[0], *weight.shape, weight.unit, gpu_of(x.get_device()))
+def _run(x: Tensor, weight: Matrix, bias: Tensor | None, out: Tensor, output: Output, activation: str) -> None:
+    plan = plan_wide(x.shape[0], *weight.shape, unit_of(weight), gpu_of(x.get_device()))
     run(plan, output, x, weight, bias, out, activation)
 
 
@@ -157,7 +176,7 @@ def run(
     plan: WidePlan,
     output: Output,
     x_tk: Tensor,
-    weight: Int4Matrix,
+    weight: Matrix,
     bias_n: Tensor | None,
     out: Tensor,
     activation: str = "silu",
@@ -167,13 +186,16 @@ def run(
     """Launches a plan. weight, bias, out: contiguous; weight constant, as it may be read while earlier kernels run."""
     if x_tk.stride(1) != 1 or x_tk.stride(0) % 8 or x_tk.data_ptr() % 16:
         x_tk = x_tk.contiguous()
+    own = stored(weight)
+    assert own.is_contiguous() and own.data_ptr() % 16 == 0
+    assert own is not weight or own.dtype == x_tk.dtype
     assert out.is_contiguous() and x_tk.shape[1] == weight.shape[1]
     assert bias_n is None or bias_n.dtype == x_tk.dtype
     device_index = x_tk.get_device()
     number = ACTIVATIONS[activation] if output is Output.GATED else 0
-    launch = _launch(plan, weight.unit, output, number, x_tk.dtype, device_index, overlap)
+    launch = _launch(plan, unit_of(weight), output, number, x_tk.dtype, device_index, overlap)
     arguments = launch.arguments
-    arguments.x, arguments.w, arguments.out = x_tk.data_ptr(), weight.units.data_ptr(), out.data_ptr()
+    arguments.x, arguments.w, arguments.out = x_tk.data_ptr(), own.data_ptr(), out.data_ptr()
     arguments.bias = None if bias_n is None else bias_n.data_ptr()
     arguments.x_stride, arguments.t = x_tk.stride(0), x_tk.shape[0]
     arguments.n, arguments.k = weight.shape

@@ -1,22 +1,24 @@
-// y[t, n] = x[t, k] @ w[n, k]^T for w of 4 bits and many rows of x ("tokens"), by Hopper's tensor cores.
+// y[t, n] = x[t, k] @ w[n, k]^T for many rows of x ("tokens"), by Hopper's tensor cores.
 //
-// Rows of w are the m dimension of wgmma.m64nNk16, A, which a warpgroup takes from registers: a word of codes
-// (int4.cuh) becomes a lane's fragment there. Tokens are its n dimension, B, in shared memory.
+// Rows of w are the m dimension of wgmma.m64nNk16, A. Of 4 bits, a warpgroup takes them from registers: a word of codes
+// (int4.cuh) becomes a lane's fragment there. Of 16 bits (GROUPS 0), rows as they are, from shared memory. Tokens are its
+// n dimension, B, in shared memory. Of 16 rows of a tile, 8 are of the first half of w, 8 of the second, so that a gate
+// meets its value.
 //
 //   tile   64 * WARPGROUPS rows of w by TOKENS rows of x, whose sums a CTA's registers hold
-//   item   128 k of a tile: each warp has one unit of w
+//   item   128 k of a tile (of 16 bits: 64)
 //
 // All items of all tiles, laid end to end, are cut into equal shares, one per CTA (stream-K: Osama et al., 2023). A
 // tile that a cut divides belongs to the CTA that has its first item, which has it last of all: by then the others,
 // who have their part of it first, have left their sums in global memory. They are added in the order of k.
 //
-// Items come through STAGES buffers. A warp copies its own units, and all threads copy x. At one barrier per item all
+// Items come through STAGES buffers. A warp copies its own units (of 16 bits: all threads copy w), all threads copy x. At one barrier per item all
 // learn that the item is there, and that the last but one is used up: its buffer is filled again, while products of
 // the last may still be under way.
 //
 // Constants of the compiler's command line: ELEMENT_FP16, TOKENS (16, 32, 64, 128 or 256), WARPGROUPS, STAGES,
 // FRAGMENTS (A in registers, 2 or 4), OUTPUT (1: elements [t, n], 2: float32 [t, n], 3: gated, elements [t, n / 2]),
-// ACTIVATION, GROUPS.
+// ACTIVATION, GROUPS (0: w of 16 bits).
 
 #include "ptx.cuh"
 
@@ -26,19 +28,22 @@
 
 constexpr int THREADS = 128 * WARPGROUPS;
 constexpr int ROW_TILES = 4 * WARPGROUPS;  // of 16 rows
-constexpr int ITEM_K = 128;
+constexpr bool DENSE = GROUPS == 0;
+constexpr int ITEM_K = DENSE ? 64 : 128;
+constexpr int ITEM_CHUNKS = ITEM_K / 8;       // of 16 bytes
 constexpr int X_HALF_BYTES = TOKENS * 128;  // 64 k
-constexpr int X_BYTES = 2 * X_HALF_BYTES;
-constexpr int W_BYTES = ROW_TILES * INT4_UNIT_BYTES;
+constexpr int X_BYTES = ITEM_K / 64 * X_HALF_BYTES;
+constexpr int GROUP_BYTES = 64 * 128;  // of 16-bit w: a warpgroup's rows
+constexpr int W_BYTES = DENSE ? WARPGROUPS * GROUP_BYTES : ROW_TILES * INT4_UNIT_BYTES;
 constexpr int AHEAD = STAGES - 2;  // items
-constexpr int PASS_TOKENS = THREADS / 16;
+constexpr int PASS_TOKENS = THREADS / ITEM_CHUNKS;
 constexpr bool GATED = OUTPUT == 3;
 
 using Sums = float[TOKENS / 8][4];
 
 struct Arguments {
     const u16* x;     // [t, k], rows `x_stride` apart
-    const void* w;    // units [n / 16, k / 128, ·]
+    const void* w;    // units [n / 16, k / 128, ·], or elements [n, k]
     const u16* bias;  // [n] or null
     void* out;
     float* partials;  // [CTAs, TOKENS / 8, THREADS, 4]
@@ -57,22 +62,30 @@ __device__ __forceinline__ int first_item(const Arguments& a, int cta) {
 // Where the next item comes from.
 struct Source {
     const u16* x;   // this thread's first chunk
-    const char* w;  // this lane's, in the codes
+    const char* w;  // this lane's, in the codes; or this thread's first chunk
     int tokens;     // of x, from this thread's first on
+    int row_tiles;  // of 16-bit w, likewise
     int tile, unit;
 
     __device__ __forceinline__ void seek(const Arguments& a, int units) {
         const int thread = threadIdx.x, row_tile = tile / a.token_tiles;
-        const int token = (tile - row_tile * a.token_tiles) * TOKENS + thread / 16;
-        const int w_tile = min(row_tile * ROW_TILES + (thread >> 5), a.n / 16 - 1);
-        x = a.x + (long long)token * a.x_stride + unit * ITEM_K + thread % 16 * 8;
-        w = static_cast<const char*>(a.w) + ((long long)w_tile * units + unit) * INT4_UNIT_BYTES + (thread & 31) * 16;
+        const int token = (tile - row_tile * a.token_tiles) * TOKENS + thread / ITEM_CHUNKS;
+        x = a.x + (long long)token * a.x_stride + unit * ITEM_K + thread % ITEM_CHUNKS * 8;
         tokens = a.t - token;
+        if (DENSE) {
+            const int w_tile = row_tile * ROW_TILES + thread / 128, i = thread / 8 % 16;
+            const long long row = w_tile * 8 + (i < 8 ? i : a.n / 2 + i - 8);
+            w = static_cast<const char*>(a.w) + (row * a.k + unit * ITEM_K + thread % 8 * 8) * 2;
+            row_tiles = a.n / 16 - w_tile;
+        } else {
+            const int w_tile = min(row_tile * ROW_TILES + (thread >> 5), a.n / 16 - 1);
+            w = static_cast<const char*>(a.w) + ((long long)w_tile * units + unit) * INT4_UNIT_BYTES + (thread & 31) * 16;
+        }
     }
 
     __device__ __forceinline__ void advance(const Arguments& a, int units) {
         x += ITEM_K;
-        w += INT4_UNIT_BYTES;
+        w += DENSE ? ITEM_K * 2 : INT4_UNIT_BYTES;
         if (++unit == units) {
             unit = 0;
             tile++;
@@ -81,7 +94,7 @@ struct Source {
     }
 
     __device__ __forceinline__ void copy_x(const Arguments& a, u32 to_shared) const {
-        const int row = threadIdx.x / 16, chunk = threadIdx.x % 16;
+        const int row = threadIdx.x / ITEM_CHUNKS, chunk = threadIdx.x % ITEM_CHUNKS;
         const u32 to = to_shared + chunk / 8 * X_HALF_BYTES + row * 128 + ((chunk ^ row) % 8) * 16;
 #pragma unroll
         for (int pass = 0; pass < TOKENS; pass += PASS_TOKENS)
@@ -89,7 +102,17 @@ struct Source {
                 copy_async(to + pass * 128, x + (long long)pass * a.x_stride);
     }
 
-    __device__ __forceinline__ void copy_w(u32 to_shared) const {
+    __device__ __forceinline__ void copy_w(const Arguments& a, u32 to_shared) const {
+        if (DENSE) {
+            const int row = threadIdx.x / 8;
+            const u32 to = to_shared + row * 128 + ((threadIdx.x ^ row) % 8) * 16;
+            const long long pass_bytes = (long long)WARPGROUPS * 8 * a.k * 2;
+#pragma unroll
+            for (int pass = 0; pass < 4; pass++)
+                if (pass * WARPGROUPS < row_tiles)
+                    copy_async_once<0>(to + pass * 16 * WARPGROUPS * 128, w + pass * pass_bytes);
+            return;
+        }
         const int lane = threadIdx.x & 31;
         const u32 to = to_shared + (threadIdx.x >> 5) * INT4_UNIT_BYTES + lane * 16;
         copy_async_constant<0>(to, w);
@@ -97,6 +120,20 @@ struct Source {
         if (lane < GROUPS * 4) copy_async_constant<INT4_CODE_BYTES>(to + INT4_CODE_BYTES, w);
     }
 };
+
+#if GROUPS == 0
+
+// The sums of this warpgroup's rows += an item. At most one item's products are still under way afterwards.
+__device__ __forceinline__ void multiply_item(const Arguments&, Sums& sums, u32 x, u32 w) {
+    const u64 tokens = describe_rows(x), rows = describe_rows(w);
+    fence_products();
+#pragma unroll
+    for (int step = 0; step < 4; step++) multiply_add_rows(sums, rows + step * 2, tokens + step * 2);
+    commit_products();
+    wait_for_products<1>();
+}
+
+#else
 
 // The sums of this warpgroup's rows += an item. At most FRAGMENTS - 1 products are still under way afterwards.
 __device__ __forceinline__ void multiply_item(const Arguments& a, Sums& sums, u32 x, u32 w_unit) {
@@ -128,6 +165,8 @@ __device__ __forceinline__ void multiply_item(const Arguments& a, Sums& sums, u3
         wait_for_products<FRAGMENTS - 1>();
     }
 }
+
+#endif
 
 __device__ __forceinline__ float4* partial_sums(const Arguments& a, int cta) {
     return reinterpret_cast<float4*>(a.partials) + (long long)cta * (TOKENS / 8) * THREADS + threadIdx.x;
@@ -188,7 +227,8 @@ __device__ __forceinline__ void store_sums(const Arguments& a, const Sums& sums,
 extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(1024) char shared[];
     const u32 x_shared = shared_address(shared), w_shared = x_shared + STAGES * X_BYTES;
-    const u32 w_unit = (threadIdx.x >> 5) * INT4_UNIT_BYTES;  // this warp's, in a stage
+    // This warp's, or warpgroup's, in a stage.
+    const u32 w_own = DENSE ? (threadIdx.x >> 7) * GROUP_BYTES : (threadIdx.x >> 5) * INT4_UNIT_BYTES;
     const int units = a.k / ITEM_K;
     const int first = first_item(a, blockIdx.x), last = first_item(a, blockIdx.x + 1);
 
@@ -202,7 +242,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
     Source early = source;
 #pragma unroll 1
     for (int stage = 0; stage < min(AHEAD, last - first); stage++) {
-        early.copy_w(w_shared + stage * W_BYTES);
+        early.copy_w(a, w_shared + stage * W_BYTES);
         early.advance(a, units);
     }
     let_next_kernel_start();
@@ -228,12 +268,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
             show_to_products();
             __syncthreads();
             if (item + AHEAD < last) {
-                source.copy_w(w_shared + next_stage * W_BYTES);
+                source.copy_w(a, w_shared + next_stage * W_BYTES);
                 source.copy_x(a, x_shared + next_stage * X_BYTES);
                 source.advance(a, units);
             }
             commit_copies();
-            multiply_item(a, sums, x_shared + stage * X_BYTES, w_shared + stage * W_BYTES + w_unit);
+            multiply_item(a, sums, x_shared + stage * X_BYTES, w_shared + stage * W_BYTES + w_own);
             stage = stage + 1 == STAGES ? 0 : stage + 1;
             next_stage = next_stage + 1 == STAGES ? 0 : next_stage + 1;
         }

@@ -34,7 +34,7 @@ SHAPES = {
 LAYERS = 32
 ROTATION = 150 << 20  # bytes of weights that a graph goes through at least
 MEMORY = 4.55e6  # bytes per microsecond of an H200
-MORE_TILES = (WideTile(64, 1, 14), WideTile(64, 3, 6), WideTile(128, 3, 5), WideTile(256, 2, 4))
+MORE_TILES = (WideTile(64, 1, 14), WideTile(256, 2, 4))
 
 
 def output_of(name: str) -> Output:

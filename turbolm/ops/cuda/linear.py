@@ -178,7 +178,6 @@ def kernel_defines(tile: Tile, output: Output, activation: int, dtype: torch.dty
         "ACTIVATION": activation,
         "WEIGHTS": tile.unit.weights,
         "GROUPS": tile.unit.groups,
-        "RAW_CODES": int(tile.raw_codes),
     }
 
 

@@ -76,7 +76,6 @@ class Tile:
     tiles_m: int  # row tiles per warp
     depth: int  # units in flight per warp and row tile
     unit: Unit = DENSE
-    raw_codes: bool = False  # of 4 bits: whether zero points are taken off sums, not codes
 
     @property
     def num_threads(self) -> int:
@@ -145,10 +144,7 @@ def tiles_of(unit: Unit) -> tuple[Tile, ...]:
     """The variants for a kind of weights."""
     if unit.is_dense:
         return TILES
-    if unit.groups:
-        most = 16 if unit.groups == 1 else 8  # tokens: with more, raw codes take products and registers, too
-        return tuple(replace(tile, unit=unit, raw_codes=tile.tokens <= most) for tile in INT4_TILES)
-    return tuple(replace(tile, unit=unit) for tile in (*TILES, *EIGHT_BIT_TILES))
+    return tuple(replace(tile, unit=unit) for tile in (INT4_TILES if unit.groups else (*TILES, *EIGHT_BIT_TILES)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,31 +40,3 @@ __device__ __forceinline__ void int4_fragment(u32 word, u32 mask, u32 minus_zero
     a[2] = int4_pair(word, 2, mask, minus_zero_g);
     a[3] = int4_pair(word, 3, mask, minus_zero_g8);
 }
-
-// Codes as they are: the lowest 8 bits of an element are an integer times its smallest subnormal number, 2^-133 (fp16:
-// 2^-24), the lowest bit of the exponent among them. So a code takes a mask and nothing else; those of row g + 8 stay 4
-// bits up, 16 times as large. bfloat16 x is raised by 2^80, lest products be subnormal in float32 (where |x| is 2^48 or
-// more, the result is not finite).
-#if ELEMENT_FP16
-constexpr float INT4_RAW_SCALE = 0x1p24f;
-#else
-constexpr u32 INT4_RAISE = 0x67806780;  // 2^80, twice
-constexpr float INT4_RAW_SCALE = 0x1p53f;
-#endif
-
-struct Int4RawRow {
-    float scale, zero;
-
-    __device__ __forceinline__ Int4RawRow(u32 word, bool is_upper)
-        : scale(__uint_as_float(word & ~31u) * (is_upper ? INT4_RAW_SCALE / 16 : INT4_RAW_SCALE)),
-          zero(__uint_as_float(0x4b000000 | (word & 31)) - 8388608.0f) {}  // 2^23 + zero: no slow conversion
-};
-
-// An A fragment. mask: as above.
-__device__ __forceinline__ void int4_raw_fragment(u32 word, u32 mask, u32 (&a)[4]) {
-    const u32 upper = word >> 8, high_mask = mask << 4;
-    a[0] = word & mask;
-    a[1] = word & high_mask;
-    a[2] = upper & mask;
-    a[3] = upper & high_mask;
-}

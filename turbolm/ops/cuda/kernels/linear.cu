@@ -18,8 +18,7 @@
 //
 // Constants given by the compiler's command line: ELEMENT_FP16, TOKENS, WARPS_M, WARPS_K, TILES_M, DEPTH,
 // MIN_CTAS, OUTPUT (0: float32 parts [S, t, n], 1: elements [t, n], 2: float32 [t, n], 3: gated, elements
-// [t, n / 2]), ACTIVATION, WEIGHTS (0: of 16 bits, 1: int4, 2: int8, 3: fp8); of int4 GROUPS, and RAW_CODES (whether
-// they are multiplied as they are, see int4.cuh).
+// [t, n / 2]), ACTIVATION, WEIGHTS (0: of 16 bits, 1: int4, 2: int8, 3: fp8), GROUPS (of int4).
 
 #include "ptx.cuh"
 

@@ -13,7 +13,6 @@
 // Products of codes are exact; the scale multiplies a group's sum. All lanes of a warp copy scales for each other.
 struct Int4Weights {
     static constexpr int UNIT_BYTES = INT4_UNIT_BYTES;
-    static constexpr int GROUP_BLOCKS = X_BLOCKS / GROUPS;
     const char* place;  // this lane's, in the codes
 
     __device__ __forceinline__ void seek(const Arguments& a, int tile, int unit, int lane) {
@@ -41,104 +40,28 @@ struct Int4Weights {
     __device__ static __forceinline__ int x_column(int block, int lane) { return block * 32 + (lane & 3) * 8; }
     __device__ static __forceinline__ int x_place(int lane) { return (lane & 3) * 8 + (lane >> 2); }
 
-    // 32 k of 8 tokens as B fragments: of two products.
-    __device__ static __forceinline__ uint4 read_x(u32 x_unit, int block, int tile, int lane) {
-        return read_matrices(x_unit + (block * TILES_T + tile) * 512 + lane * 16);
-    }
-
-    __device__ static __forceinline__ void read_codes(uint4 (&codes)[TILES_M], u32 w_unit, int half, int lane) {
-#pragma unroll
-        for (int m = 0; m < TILES_M; m++)
-            codes[m] = read_shared(w_unit + m * UNIT_BYTES + half * 512 + lane * 16);
-    }
-
-    __device__ static __forceinline__ uint2 read_words(u32 w_unit, int group, int lane) {
-        return read_shared_pair(w_unit + INT4_CODE_BYTES + group * 64 + (lane >> 2) * 8);
-    }
-
     __device__ static __forceinline__ void multiply(const Arguments& a, Sums& sums, u32 w_unit, u32 x_unit, int lane) {
+        constexpr int GROUP_BLOCKS = X_BLOCKS / GROUPS;
         sync_warp();
-        if constexpr (RAW_CODES)
-            multiply_raw(a, sums, w_unit, x_unit, lane);
-        else
-            multiply_centered(a, sums, w_unit, x_unit, lane);
-        sync_warp();
-    }
-
-    // Sums of codes times x, and sums of x, meet scale and zero point once per group. The latter come from products
-    // with a fragment of ones, in the lanes that need them.
-    __device__ static __forceinline__ void multiply_raw(const Arguments& a, Sums& sums, u32 w_unit, u32 x_unit,
-                                                        int lane) {
-        constexpr int CHAINS = TILES_T == 1 ? 2 : 1;  // products that wait for each other are fewer
-        constexpr u32 ONE = 0x00010001, SIXTEEN = 0x00100010;
-        uint4 codes[TILES_M];
-#pragma unroll
-        for (int group = 0; group < GROUPS; group++) {
-            float parts[CHAINS][TILES_M][TILES_T][4] = {}, x_sums[CHAINS][TILES_T][4] = {};
-#pragma unroll
-            for (int block = group * GROUP_BLOCKS; block < (group + 1) * GROUP_BLOCKS; block++) {
-                if (block % 2 == 0) read_codes(codes, w_unit, block / 2, lane);
-                uint4 b[TILES_T];
-#pragma unroll
-                for (int tile = 0; tile < TILES_T; tile++) {
-                    b[tile] = raise(read_x(x_unit, block, tile, lane));
-                    multiply_add(x_sums[0][tile], ONE, SIXTEEN, ONE, SIXTEEN, b[tile].x, b[tile].y);
-                    multiply_add(x_sums[CHAINS - 1][tile], ONE, SIXTEEN, ONE, SIXTEEN, b[tile].z, b[tile].w);
-                }
-#pragma unroll
-                for (int m = 0; m < TILES_M; m++) {
-                    u32 f[2][4];
-                    int4_raw_fragment(word_of(codes[m], block % 2 * 2), a.code_mask, f[0]);
-                    int4_raw_fragment(word_of(codes[m], block % 2 * 2 + 1), a.code_mask, f[1]);
-#pragma unroll
-                    for (int tile = 0; tile < TILES_T; tile++) {
-                        multiply_add(parts[0][m][tile], f[0][0], f[0][1], f[0][2], f[0][3], b[tile].x, b[tile].y);
-                        multiply_add(parts[CHAINS - 1][m][tile], f[1][0], f[1][1], f[1][2], f[1][3], b[tile].z,
-                                     b[tile].w);
-                    }
-                }
-            }
-#pragma unroll
-            for (int m = 0; m < TILES_M; m++) {
-                const uint2 words = read_words(w_unit + m * UNIT_BYTES, group, lane);
-                const Int4RawRow rows[2] = {{words.x, false}, {words.y, true}};
-#pragma unroll
-                for (int tile = 0; tile < TILES_T; tile++)
-#pragma unroll
-                    for (int e = 0; e < 4; e++) {
-                        float part = parts[0][m][tile][e], x_sum = x_sums[0][tile][e];
-                        if (CHAINS == 2) part += parts[1][m][tile][e], x_sum += x_sums[1][tile][e];
-                        sums[m][tile][e] += (part - rows[e / 2].zero * x_sum) * rows[e / 2].scale;
-                    }
-            }
-        }
-    }
-
-    __device__ static __forceinline__ uint4 raise(uint4 x) {
-#if !ELEMENT_FP16
-        x.x = multiply_pairs(x.x, INT4_RAISE), x.y = multiply_pairs(x.y, INT4_RAISE);
-        x.z = multiply_pairs(x.z, INT4_RAISE), x.w = multiply_pairs(x.w, INT4_RAISE);
-#endif
-        return x;
-    }
-
-    // Zero points leave the codes before they are multiplied: for many tokens, where products are what takes long.
-    __device__ static __forceinline__ void multiply_centered(const Arguments& a, Sums& sums, u32 w_unit, u32 x_unit,
-                                                             int lane) {
         uint4 codes[TILES_M];
 #pragma unroll
         for (int group = 0; group < GROUPS; group++) {
             uint2 words[TILES_M];
 #pragma unroll
             for (int m = 0; m < TILES_M; m++)
-                words[m] = read_words(w_unit + m * UNIT_BYTES, group, lane);
+                words[m] = read_shared_pair(w_unit + m * UNIT_BYTES + INT4_CODE_BYTES + group * 64 + (lane >> 2) * 8);
             Sums parts = {};
 #pragma unroll
             for (int block = group * GROUP_BLOCKS; block < (group + 1) * GROUP_BLOCKS; block++) {
-                if (block % 2 == 0) read_codes(codes, w_unit, block / 2, lane);
+                if (block % 2 == 0) {
+#pragma unroll
+                    for (int m = 0; m < TILES_M; m++)
+                        codes[m] = read_shared(w_unit + m * UNIT_BYTES + block / 2 * 512 + lane * 16);
+                }
                 uint4 b[TILES_T];
 #pragma unroll
-                for (int tile = 0; tile < TILES_T; tile++) b[tile] = read_x(x_unit, block, tile, lane);
+                for (int tile = 0; tile < TILES_T; tile++)
+                    b[tile] = read_matrices(x_unit + (block * TILES_T + tile) * 512 + lane * 16);
 #pragma unroll
                 for (int m = 0; m < TILES_M; m++) {
                     const u32 low = Int4Row(words[m].x).minus_zero, high = Int4Row(words[m].y).minus_zero;
@@ -162,6 +85,7 @@ struct Int4Weights {
                 }
             }
         }
+        sync_warp();
     }
 };
 using Weights = Int4Weights;

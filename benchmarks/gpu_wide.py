@@ -1,6 +1,6 @@
 """Products with 16-bit weights of 17 to 256 rows: `kernels/wide.cu` beside cuBLAS.
 
-    python benchmarks/gpu_wide.py [--rows 24 32 48 64 96 128 256] [--out wide.json]
+    python benchmarks/gpu_wide.py [--rows 24 32 48 64 96 128 192] [--out wide.json]
 
 The layers of a Llama-3-8B shape. Each layout is checked against torch, and timed as a CUDA graph that goes through
 copies of the weights larger than the L2 cache; cuBLAS with what it needs beside: the gate's activation. Then 32 layers
@@ -25,7 +25,7 @@ from turbolm.errors import EngineError
 from turbolm.ops.cuda import wide
 from turbolm.ops.cuda.linear import gpu_of
 from turbolm.ops.cuda.plan import DENSE, Output
-from turbolm.ops.cuda.wide import DENSE_TILES, WidePlan, WideTile, plan_wide
+from turbolm.ops.cuda.wide import DENSE_TILE, WidePlan, WideTile, plan_wide
 from turbolm.ops.triton.rows import activate_multiply
 
 SHAPES = {
@@ -34,7 +34,10 @@ SHAPES = {
 LAYERS = 32
 ROTATION = 150 << 20  # bytes of weights that a graph goes through at least
 MEMORY = 4.55e6  # bytes per microsecond of an H200
-MORE_TILES = (WideTile(64, 1, 14), WideTile(256, 2, 4))
+TILES = (
+    *(DENSE_TILE, WideTile(32, 1, 18), WideTile(32, 2, 10), WideTile(64, 2, 9), WideTile(64, 4, 5)),
+    *(WideTile(128, 1, 9), WideTile(128, 2, 7), WideTile(128, 4, 4), WideTile(256, 2, 4)),
+)
 
 
 def output_of(name: str) -> Output:
@@ -45,7 +48,7 @@ def candidates(t: int, n: int, k: int) -> list[WidePlan]:
     """The chosen one first, then others of the same or the next width."""
     gpu = gpu_of(0)
     found = [plan_wide(t, n, k, DENSE, gpu)]
-    for tile in (*DENSE_TILES, *MORE_TILES):
+    for tile in TILES:
         if not (t <= tile.tokens < 4 * t or (tile.tokens in (128, 256) and t > 128)):
             continue
         row_tiles, token_tiles = -(-n // (64 * tile.warpgroups)), -(-t // tile.tokens)
@@ -135,10 +138,10 @@ def time_layers(t: int, best: dict[str, WidePlan | None]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[24, 32, 48, 64, 96, 128, 256])
+    parser.add_argument("--rows", type=int, nargs="+", default=[24, 32, 48, 64, 96, 128, 192])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    tiles = [(tile, output) for tile in (*DENSE_TILES, *MORE_TILES) for output in set(map(output_of, SHAPES))]
+    tiles = [(tile, output) for tile in TILES for output in set(map(output_of, SHAPES))]
     with ThreadPoolExecutor(16, initializer=torch.cuda.set_device, initargs=(0,)) as pool:  # compiled ahead, together
         list(pool.map(lambda pair: wide._kernel(pair[0], DENSE, pair[1], 0, torch.bfloat16, 0), tiles))
     record: dict[str, Any] = {}

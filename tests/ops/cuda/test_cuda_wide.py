@@ -120,7 +120,7 @@ def test_plans_for_16_bits_fit_the_gpu_and_give_every_cta_items(t: int, n: int, 
     assert 1 <= plan.grid <= H200.num_sms and arguments.share >= 1
     assert arguments.share * plan.grid + arguments.share_extra == plan.num_items
     assert plan.row_tiles * plan.tile.warpgroups * 4 >= n and plan.token_tiles * plan.tile.tokens >= t
-    assert plan.tile.shared_bytes(DENSE) <= H200.shared_per_cta and plan.tile in wide.DENSE_TILES
+    assert plan.tile.shared_bytes(DENSE) <= H200.shared_per_cta and plan.tile is wide.DENSE_TILE
 
 
 @given(t=st.integers(1, 5000), n=st.integers(1, 3000), k=st.integers(1, 300), group=st.sampled_from(list(INT4)))

@@ -25,7 +25,6 @@ _CAPABILITY = (9, 0)  # wgmma is of this architecture alone
 
 # Microseconds and bytes of one SM, an H200's, fitted to the times of 74 layouts (docs/log.md; rms 5%).
 _HBM = 34_500.0
-_L2 = 42_000.0
 _ITEM = 0.07
 _UNPACK = 0.15  # of an item, per warpgroup: its steps follow each other
 _PRODUCT = 0.25  # 64 rows by 128 tokens by 128 k
@@ -77,12 +76,8 @@ TILES = (
 )
 
 
-#: For weights of 16 bits.
-DENSE_TILES = (
-    *(WideTile(32, *sizes) for sizes in ((4, 6), (2, 10))),
-    *(WideTile(64, *sizes) for sizes in ((4, 5), (2, 9))),
-    *(WideTile(128, *sizes) for sizes in ((4, 4), (2, 7))),
-)
+#: For weights of 16 bits. A deep pipeline beats tall tiles, which read x less often (docs/log.md).
+DENSE_TILE = WideTile(64, 1, 14)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,25 +99,27 @@ def estimate(plan: WidePlan, unit: Unit, num_rows: int, gpu: Gpu) -> float:
     """Microseconds."""
     tile = plan.tile
     weights = num_rows // 16 * plan.units * unit.num_bytes
-    product = tile.tokens / 128 * _PRODUCT * unit.k / 128
-    item = _ITEM + tile.warpgroups * (product + (0 if unit.is_dense else _UNPACK))
+    item = _ITEM + tile.warpgroups * (_UNPACK + tile.tokens / 128 * _PRODUCT)
     share, is_uneven = -(-plan.num_items // plan.grid), plan.num_items % plan.grid
     others = min(plan.grid - 1, -(-plan.units // (plan.num_items // plan.grid)))  # that have part of a tile
     if not is_uneven and plan.units % share == 0:
         others = plan.units // share - 1
     parts = others * (_PART + tile.partial_bytes / _PART_BYTES)
-    bytes_read = weights + plan.num_items * tile.tokens * unit.k * 2
-    return max(share * item, weights / (_HBM * gpu.num_sms), bytes_read / (_L2 * gpu.num_sms)) + parts
+    return max(share * item, weights / (_HBM * gpu.num_sms)) + parts
 
 
 @functools.cache
 def plan_wide(num_tokens: int, n: int, k: int, unit: Unit, gpu: Gpu) -> WidePlan:
-    """The best layout for x [num_tokens, k] and w [n, k]."""
+    """The best layout for x [num_tokens, k] and w [n, k]; of 16 bits, the one there is."""
+    if unit.is_dense:
+        row_tiles, token_tiles = -(-n // (64 * DENSE_TILE.warpgroups)), -(-num_tokens // DENSE_TILE.tokens)
+        num_tiles = row_tiles * token_tiles
+        grid = gpu.num_sms // num_tiles * num_tiles or gpu.num_sms  # cuts all tiles alike, where that is possible
+        return WidePlan(DENSE_TILE, min(grid, num_tiles * (k // unit.k)), row_tiles, token_tiles, k // unit.k)
     plans = []
-    variants = DENSE_TILES if unit.is_dense else TILES
-    largest = max(tile.tokens for tile in variants)
-    tokens = next((tile.tokens for tile in variants if tile.tokens >= num_tokens), largest)
-    for tile in (tile for tile in variants if tile.tokens == tokens):
+    largest = max(tile.tokens for tile in TILES)
+    tokens = next((tile.tokens for tile in TILES if tile.tokens >= num_tokens), largest)
+    for tile in (tile for tile in TILES if tile.tokens == tokens):
         row_tiles, token_tiles = -(-n // (64 * tile.warpgroups)), -(-num_tokens // tokens)
         num_tiles = row_tiles * token_tiles
         num_items = num_tiles * (k // unit.k)
@@ -151,7 +148,7 @@ def takes(matrix: Matrix) -> bool:
 def scratch(device_index: int) -> tuple[Tensor, Tensor]:
     """What CTAs leave each other: (sums, flags), for any launch. Launches on one device follow each other."""
     num_sms, device = gpu_of(device_index).num_sms, torch.device("cuda", device_index)
-    num_bytes = num_sms * max(tile.partial_bytes for tile in (*TILES, *DENSE_TILES))
+    num_bytes = num_sms * max(tile.partial_bytes for tile in (*TILES, DENSE_TILE))
     sums = torch.empty(num_bytes, dtype=torch.uint8, device=device)
     return sums, torch.zeros(num_sms, dtype=torch.int32, device=device)
 

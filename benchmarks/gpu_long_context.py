@@ -98,6 +98,7 @@ def measure(llm: LLM, length: int) -> dict[str, float]:
     on_gpu = llm.config.device == "cuda"
     params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=ANSWER)
     llm.generate([prompt[:64]], params)  # compiles kernels
+    llm.wait_until_warm()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()

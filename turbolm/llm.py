@@ -106,9 +106,8 @@ class AsyncLLM:
         priority: int = 0,
         tenant: str = "",
     ) -> Answers:
-        """Continue a text or token ids. Yields deltas; each of the `n` answers ends with one that has
-        a `finish_reason`. Closing the iterator cancels. `adapter`: the name of one of `adapters`. Raises RequestError
-        before anything runs."""
+        """Continue a text or token ids. Yields deltas; each of the `n` answers ends with one that has a `finish_reason`.
+        Closing the iterator cancels. `adapter`: the name of one of `adapters`. RequestError before anything runs."""
         return self._submit(self._plain(prompt), params, priority, tenant, adapter=adapter)
 
     def chat(
@@ -442,6 +441,10 @@ class LLM:
     @property
     def stats(self) -> SchedulerStats:
         return self._llm.stats
+
+    def wait_until_warm(self) -> None:
+        """As `AsyncLLM.wait_until_warm`."""
+        self._gather([self._llm.wait_until_warm()])
 
     def close(self) -> None:
         """Cancel what is running and free the model. Idempotent."""

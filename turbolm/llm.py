@@ -106,7 +106,7 @@ class AsyncLLM:
         priority: int = 0,
         tenant: str = "",
     ) -> Answers:
-        """Continue a text or token ids. Yields deltas; each of the `n` answers ends with one that has a `finish_reason`.
+        """Continue a text or token ids. Yields deltas; each of the `n` answers ends with one with a `finish_reason`.
         Closing the iterator cancels. `adapter`: the name of one of `adapters`. RequestError before anything runs."""
         return self._submit(self._plain(prompt), params, priority, tenant, adapter=adapter)
 

@@ -96,8 +96,11 @@ def test_mixed_formats_and_groups_of_8_bits_are_unpacked() -> None:
         assert isinstance(linear, DenseLinear) and linear.weight.dtype == torch.float16
 
 
-@pytest.mark.parametrize("t", [3, 40])
-def test_int8_weights_stay_and_multiply_activations_of_8_bits(t: int) -> None:
+@pytest.mark.parametrize("t", [3, 40, 70, 128])
+def test_int8_weights_stay_and_multiply_activations_of_8_bits(t: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_INT8_SLICE", 64)
+    multiply = torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: multiply(a, b) if 16 < len(a) <= 64 else pytest.fail("rows"))
     parts = [round_weight(torch.randn(n, 256, generator=torch.Generator().manual_seed(n)), "int8") for n in (48, 16)]
     bias = torch.arange(64.0)
     linear = OPS.prepare_linear(parts, bias)

@@ -256,8 +256,9 @@ class EightBitLinear(RowLinear):
     def _multiply_int8(self, x_tk: Tensor, bias: Tensor | None, out_tn: Tensor) -> None:
         codes, scales = self.matrix.codes, self.matrix.scales
         x_codes, x_scales = round_rows(x_tk, codes.dtype)
-        if x_tk.shape[0] < _INT8_ROWS:
-            x_codes = F.pad(x_codes, (0, 0, 0, _INT8_ROWS - x_tk.shape[0]))
+        rest = x_tk.shape[0] % _INT8_SLICE
+        if 0 < rest < _INT8_ROWS:
+            x_codes = F.pad(x_codes, (0, 0, 0, _INT8_ROWS - rest))
         # Sums are int32: those of a whole step would take more memory than its activations.
         for first in range(0, x_tk.shape[0], _INT8_SLICE):
             some = slice(first, first + _INT8_SLICE)

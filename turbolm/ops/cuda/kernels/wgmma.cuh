@@ -1,8 +1,8 @@
 // wgmma.m64nTOKENSk16: 64 rows of A from registers of a warpgroup or from shared memory, TOKENS rows of B from shared
 // memory. A and B are elements, sums float32. ELEMENT_FP16 and TOKENS (16, 32, 64, 128 or 256) choose the instruction.
 
-// In shared memory: rows of 64 k, 128 bytes each, 16-byte chunk c of row r in the place of chunk c ^ (r % 8); 8 rows are 1024 bytes,
-// aligned to that. Adding 2 moves on by 16 k.
+// In shared memory: rows of 64 k, 128 bytes each, 16-byte chunk c of row r in the place of chunk c ^ (r % 8); 8 rows
+// are 1024 bytes, aligned to that. Adding 2 moves on by 16 k.
 __device__ __forceinline__ u64 describe_rows(u32 address) {
     const u64 swizzle_128_bytes = 1ull << 62, eight_rows = 1024 >> 4, ignored = 1;
     return swizzle_128_bytes | eight_rows << 32 | ignored << 16 | (address & 0x3ffff) >> 4;
@@ -57,8 +57,8 @@ __device__ __forceinline__ void show_to_products() { asm volatile("fence.proxy.a
     "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111," \
     "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
-// d [64, TOKENS] += a [64, 16] b [16, TOKENS], under way until waited for; d as m16n8k16 lays it out, a warp for each 16
-// rows. a: as m16n8k16 has it, or a description.
+// d [64, TOKENS] += a [64, 16] b [16, TOKENS], under way until waited for; d as m16n8k16 lays it out, a warp for each
+// 16 rows. a: as m16n8k16 has it, or a description.
 __device__ __forceinline__ void multiply_add_rows(float (&d)[TOKENS / 8][4], const u32 (&a)[4], u64 b) {
 #if TOKENS == 16
     WGMMA("m64n16k16", REGISTERS_8, "{%8,%9,%10,%11}, %12, add, 1, 1, 0", SUMS_2(0), FROM_REGISTERS);

@@ -1,9 +1,9 @@
 // y[t, n] = x[t, k] @ w[n, k]^T for many rows of x ("tokens"), by Hopper's tensor cores.
 //
 // Rows of w are the m dimension of wgmma.m64nNk16, A. Of 4 bits, a warpgroup takes them from registers: a word of codes
-// (int4.cuh) becomes a lane's fragment there. Of 16 bits (GROUPS 0), rows as they are, from shared memory. Tokens are its
-// n dimension, B, in shared memory. Of 16 rows of a tile, 8 are of the first half of w, 8 of the second, so that a gate
-// meets its value.
+// (int4.cuh) becomes a lane's fragment there. Of 16 bits (GROUPS 0), rows as they are, from shared memory. Tokens are
+// its n dimension, B, in shared memory. Of 16 rows of a tile, 8 are of the first half of w, 8 of the second, so that a
+// gate meets its value.
 //
 //   tile   64 * WARPGROUPS rows of w by TOKENS rows of x, whose sums a CTA's registers hold
 //   item   128 k of a tile (of 16 bits: 64)
@@ -12,9 +12,9 @@
 // tile that a cut divides belongs to the CTA that has its first item, which has it last of all: by then the others,
 // who have their part of it first, have left their sums in global memory. They are added in the order of k.
 //
-// Items come through STAGES buffers. A warp copies its own units (of 16 bits: all threads copy w), all threads copy x. At one barrier per item all
-// learn that the item is there, and that the last but one is used up: its buffer is filled again, while products of
-// the last may still be under way.
+// Items come through STAGES buffers. A warp copies its own units (of 16 bits: all threads copy w), all threads copy x.
+// At one barrier per item all learn that the item is there, and that the last but one is used up: its buffer is filled
+// again, while products of the last may still be under way.
 //
 // Constants of the compiler's command line: ELEMENT_FP16, TOKENS (16, 32, 64, 128 or 256), WARPGROUPS, STAGES,
 // FRAGMENTS (A in registers, 2 or 4), OUTPUT (1: elements [t, n], 2: float32 [t, n], 3: gated, elements [t, n / 2]),
@@ -30,7 +30,7 @@ constexpr int THREADS = 128 * WARPGROUPS;
 constexpr int ROW_TILES = 4 * WARPGROUPS;  // of 16 rows
 constexpr bool DENSE = GROUPS == 0;
 constexpr int ITEM_K = DENSE ? 64 : 128;
-constexpr int ITEM_CHUNKS = ITEM_K / 8;       // of 16 bytes
+constexpr int ITEM_CHUNKS = ITEM_K / 8;  // of 16 bytes
 constexpr int X_HALF_BYTES = TOKENS * 128;  // 64 k
 constexpr int X_BYTES = ITEM_K / 64 * X_HALF_BYTES;
 constexpr int GROUP_BYTES = 64 * 128;  // of 16-bit w: a warpgroup's rows
@@ -79,7 +79,8 @@ struct Source {
             row_tiles = a.n / 16 - w_tile;
         } else {
             const int w_tile = min(row_tile * ROW_TILES + (thread >> 5), a.n / 16 - 1);
-            w = static_cast<const char*>(a.w) + ((long long)w_tile * units + unit) * INT4_UNIT_BYTES + (thread & 31) * 16;
+            const long long place = (long long)w_tile * units + unit;
+            w = static_cast<const char*>(a.w) + place * INT4_UNIT_BYTES + (thread & 31) * 16;
         }
     }
 

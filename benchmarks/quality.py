@@ -21,7 +21,7 @@ import math
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ from turbolm.compress.smooth import round_rows
 from turbolm.config import DEFAULT_MODEL
 from turbolm.errors import ConfigError
 from turbolm.hub import fetch
-from turbolm.kv import resolve_format
+from turbolm.kv import KvKind, resolve_format
 from turbolm.kv_scales import LayerRanges, read_scales
 from turbolm.models.checkpoint import open_checkpoint
 from turbolm.models.decoder import cache_spec, kv_layers, load_decoder
@@ -43,14 +43,15 @@ from turbolm.models.loader import Loader
 from turbolm.models.registry import decoder_spec
 from turbolm.ops import LayerCache, PreparedLinear
 from turbolm.ops.hardware import probe
-from turbolm.ops.reference import ReferenceOps
+from turbolm.ops.reference import ReferenceOps, dequantize_heads, quantize_heads
 from turbolm.text import ChatTemplate, encode_chat, load_tokenizer
 from turbolm.types import Batch
 
 ANSWER = 64  # tokens
 BASE = "16 bit"
 STATIC = "int8 static"  # with scales that calibration found, of each head
-KV = ("int8", STATIC, "int8:k,int4:v", "int4", "fp8")
+SINKS = " but for the first "  # tokens of a sequence, which stay as they are: nothing that turbolm does
+KV = ("int8", STATIC, "int8:k,int4:v", "int4", f"int4{SINKS}4", f"int4{SINKS}16", "fp8")
 
 #: Name → arguments of `quantize`; the base has none.
 CASES: dict[str, dict[str, Any]] = {
@@ -73,11 +74,22 @@ class RoundedActivations(ReferenceOps):
         super().__init__(device, dtype)
         self.kind = kind
         self.rounded: set[int] = set()
+        self.sinks: tuple[KvKind, int] | None = None  # what all but so many first keys and values are rounded to
 
     def linear(self, x_tk: Tensor, weight: PreparedLinear) -> Tensor:
         if id(weight) in self.rounded:
             x_tk = round_rows(x_tk) if self.kind == "int8" else _round_fp8(x_tk)
         return super().linear(x_tk, weight)
+
+    def rotary_store(self, qkv_tw: Tensor, batch: Batch, cache: LayerCache, *rest: Any) -> Tensor:
+        qkv_tw = super().rotary_store(qkv_tw, batch, cache, *rest)
+        if self.sinks is not None:
+            kind, count = self.sinks
+            slots = batch.slots[batch.positions >= count].long()
+            place = slots // cache.block_size, slice(None), slots % cache.block_size
+            for pool in (cache.k, cache.v):
+                pool[place] = dequantize_heads(*quantize_heads(pool[place], kind), kind)
+        return qkv_tw
 
 
 def _round_fp8(x_tk: Tensor) -> Tensor:
@@ -92,7 +104,7 @@ class Model:
         checkpoint = open_checkpoint(folder)
         packing = checkpoint.packing
         kind = packing.formats[0] if packing is not None and len(packing.formats) == 1 else ""
-        ops = RoundedActivations(device, torch.float32, kind)
+        ops = self.ops = RoundedActivations(device, torch.float32, kind)
         loader = Loader(checkpoint.source, ops, packing=packing)
         self.decoder = load_decoder(decoder_spec(checkpoint.config), loader, 2 * WINDOW)
         self.device = device
@@ -106,7 +118,10 @@ class Model:
         """[r, vocabulary] of some of the tokens."""
         batch = lay_out([tuple(sequence)], self.device)
         batch = replace(batch, logit_rows=batch.logit_rows[rows])
-        return F.log_softmax(self.decoder.forward(batch, self._caches(1, len(sequence), kv)), dim=-1)
+        kind, is_partly, count = kv.partition(SINKS)
+        self.ops.sinks = (cast(KvKind, kind), int(count)) if is_partly else None
+        caches = self._caches(1, len(sequence), "auto" if is_partly else kv)
+        return F.log_softmax(self.decoder.forward(batch, caches), dim=-1)
 
     def answers(self, prompts: list[list[int]]) -> list[list[int]]:
         """Greedy answers of ANSWER tokens each, computed together; ends of text are tokens like others."""

@@ -10,6 +10,7 @@ own). Each writes a folder with asymmetric int4 weights, which turbolm loads; fi
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import subprocess
 import tempfile
@@ -77,7 +78,7 @@ def run_gptqmodel(base: Path, samples: list[list[int]], group_size: int, method:
 
 PEERS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "autoawq": (run_autoawq, ("awq",)),
-    "llmcompressor": (run_llmcompressor, ("awq", "gptq")),
+    "llmcompressor": (run_llmcompressor, ("gptq", "awq")),
     "gptqmodel": (run_gptqmodel, ("gptq",)),
 }
 
@@ -139,11 +140,18 @@ def compare(options: argparse.Namespace) -> None:
         samples = load_samples(options.data, load_tokenizer(base), 128, 512).token_ids
         (work / SAMPLES).write_text(json.dumps(samples))
         judge = Judge.of(base, Model(base, device), TEXT.read_text(encoding="utf-8"), options.windows)
+        record = {
+            "benchmark": "vs_quantizers", "model": Path(options.model or DEFAULT_MODEL).name, "machine": machine(),
+            "group_size": options.group_size, "windows": len(judge.windows), "text": TEXT.name, "rows": rows,
+            "failures": failures,
+        }  # fmt: skip
+        keep = functools.partial(save, options.save, record) if options.save else lambda: None
         for method in ("rtn", "awq", "gptq"):
             recipe = {"method": method, "group_size": options.group_size}
             found = quantized(base, work / method, recipe, options.data, "cpu")
             rows[f"turbolm {method}"] = {**judge.measure(Model(work / method, device)), **found}
             print(method, rows[f"turbolm {method}"], flush=True)
+            keep()
         for name, python in (peer.split("=", 1) for peer in options.peer):
             for method in PEERS[name][1]:
                 made = quantized_by(name, python, method, options.group_size, work)
@@ -152,13 +160,7 @@ def compare(options: argparse.Namespace) -> None:
                 else:
                     rows[f"{name} {method}"] = {**judge.measure(Model(work / f"{name}-{method}", device)), **made}
                 print(name, method, rows.get(f"{name} {method}", made), flush=True)
-    if options.save:
-        record = {
-            "benchmark": "vs_quantizers", "model": Path(options.model or DEFAULT_MODEL).name, "machine": machine(),
-            "group_size": options.group_size, "windows": len(judge.windows), "text": TEXT.name, "rows": rows,
-            "failures": failures,
-        }  # fmt: skip
-        print(f"saved {save(options.save, record)}")
+                keep()
 
 
 if __name__ == "__main__":

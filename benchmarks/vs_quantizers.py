@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import subprocess
 import tempfile
 import time
@@ -67,6 +68,7 @@ def run_llmcompressor(base: Path, samples: list[list[int]], group_size: int, met
 
 
 def run_gptqmodel(base: Path, samples: list[list[int]], group_size: int, method: str, output: Path) -> None:
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it fails with one, its choice on two cores
     from gptqmodel import GPTQModel, QuantizeConfig
 
     config = QuantizeConfig(bits=4, group_size=group_size, sym=False, quant_method=method)

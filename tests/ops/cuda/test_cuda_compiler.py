@@ -9,7 +9,8 @@ import torch
 from turbolm.errors import EngineError
 from turbolm.ops.cuda import compiler
 from turbolm.ops.cuda.linear import kernel_defines
-from turbolm.ops.cuda.plan import INT4, INT8, TILES, Output, Unit, tiles_of
+from turbolm.ops.cuda.plan import DENSE, INT4, INT8, TILES, Output, Unit, tiles_of
+from turbolm.ops.cuda.wide import DENSE_TILE, WideTile
 from turbolm.ops.cuda.wide import TILES as WIDE_TILES
 from turbolm.ops.cuda.wide import kernel_defines as wide_defines
 
@@ -74,10 +75,16 @@ def test_unpacking_variants_fit_an_sm_without_spilling(unit: Unit, tokens: int, 
     assert stack == 0
 
 
-@pytest.mark.parametrize(("i", "output"), [(0, Output.FLOATS), (4, Output.GATED)])
-def test_the_kernel_for_many_rows_compiles_without_spilling(i: int, output: Output) -> None:
-    tile = WIDE_TILES[i]
-    defines = wide_defines(tile, INT4[128], output, 0, torch.bfloat16)
+@pytest.mark.parametrize(
+    ("tile", "unit", "output"),
+    [
+        (WIDE_TILES[0], INT4[128], Output.FLOATS),
+        (WIDE_TILES[4], INT4[128], Output.GATED),
+        (DENSE_TILE, DENSE, Output.GATED),
+    ],
+)
+def test_the_kernel_for_many_rows_compiles_without_spilling(tile: WideTile, unit: Unit, output: Output) -> None:
+    defines = wide_defines(tile, unit, output, 0, torch.bfloat16)
     registers, stack = resources(compiler.compile_cubin(compiler.KERNELS / "wide.cu", defines, "sm_90a"))
     assert registers * tile.num_threads <= 65536
     assert stack == 0

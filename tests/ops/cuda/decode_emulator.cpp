@@ -70,7 +70,6 @@ static u32 transpose(u32 pair) {
 static void multiply_add_halves(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     multiply_add_as(half_to_float, sum, a0, a1, a2, a3, b0, b1);
 }
-static u32 read_shared_word(u32 address) { return read_shared_as<u32>(address); }
 static float power_of_two(float x) { return std::exp2(x); }
 
 static uint4 read_global(const void* from) {

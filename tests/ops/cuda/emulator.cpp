@@ -1,5 +1,6 @@
-// Runs kernels/linear.cu, or where WARPGROUPS is defined kernels/wide.cu, on the CPU: see emulator.h. wgmma reads shared
-// memory as late as it may; its fragments are laid out as the PTX manual's figures for m64nNk16 have them.
+// Runs kernels/linear.cu, or where WARPGROUPS is defined kernels/wide.cu, where UNITS is kernels/single.cu, on the
+// CPU: see emulator.h. wgmma reads shared memory as late as it may; its fragments are laid out as the PTX manual's
+// figures for m64nNk16 have them.
 
 #ifdef WARPGROUPS
 #define CTA_THREADS (128 * WARPGROUPS)
@@ -8,6 +9,8 @@
 #endif
 
 #include "emulator.h"
+
+#include <map>
 
 static struct { const char *begin, *end; } x_range, w_range;
 
@@ -151,6 +154,46 @@ static void wait_for_products() {
 #include "wide.cu"
 #define KERNEL wide
 
+#elif defined(UNITS)
+
+struct Barrier {
+    u32 to, bytes;
+    const char* from;
+    bool is_shown;
+    u32 completed;  // copies
+};
+static std::map<u32, Barrier> barriers;
+
+static void make_barrier(u32 barrier) {
+    check(barrier % 8 == 0 && barrier + 8 <= shared_bytes && !barriers.count(barrier), "a barrier is made twice");
+    barriers[barrier] = {};
+}
+
+static void show_barriers() {
+    for (auto& entry : barriers) entry.second.is_shown = true;
+}
+
+static void copy_bulk(u32 to, const void* address, u32 bytes, u32 barrier) {
+    const char* from = (const char*)address;
+    Barrier& b = barriers.at(barrier);
+    check(b.is_shown && b.from == nullptr, "a copy is under way at this barrier");
+    check(from >= w_range.begin && from + bytes <= w_range.end && bytes % 16 == 0 && bytes > 0, "read past w");
+    check(to % 16 == 0 && (uintptr_t)from % 16 == 0 && to + bytes <= shared_bytes, "copy past shared memory");
+    std::memset(shared + to, 0xff, bytes);
+    b.to = to, b.bytes = bytes, b.from = from;
+}
+
+static void wait_for_bulk(u32 barrier, u32 parity) {
+    Barrier& b = barriers.at(barrier);
+    if (b.completed % 2 != parity) return;  // the copy of this parity was waited for by another lane
+    check(b.from != nullptr, "nothing is under way at this barrier");
+    std::memcpy(shared + b.to, b.from, b.bytes);
+    b.from = nullptr, b.completed++;
+}
+
+#include "single.cu"
+#define KERNEL single
+
 #else
 
 #include "linear.cu"
@@ -169,7 +212,12 @@ extern "C" void emulate(const Arguments* given, int groups, int splits, long num
     for (int cta = groups * splits - 1; cta >= 0; cta--) {
 #ifdef WARPGROUPS
         for (Products& own : products) own = {};
+#elif defined(UNITS)
+        barriers.clear();
 #endif
         run_cta({(unsigned)(cta % groups), (unsigned)(cta / groups)}, order > 0);
+#ifdef UNITS
+        for (const auto& entry : barriers) check(entry.second.from == nullptr, "a copy is under way at the end");
+#endif
     }
 }

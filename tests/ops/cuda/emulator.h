@@ -154,6 +154,7 @@ static T read_shared_as(u32 address) {
 }
 
 static uint4 read_shared(u32 address) { return read_shared_as<uint4>(address); }
+static u32 read_shared_word(u32 address) { return read_shared_as<u32>(address); }
 static uint2 read_shared_pair(u32 address) { return read_shared_as<uint2>(address); }
 
 static void start_copy(u32 to, const char* from) {

@@ -7,9 +7,13 @@ import pytest
 import torch
 
 from turbolm.errors import EngineError
+from turbolm.kv import KvKind
 from turbolm.ops.cuda import compiler
+from turbolm.ops.cuda.decode import Variant
 from turbolm.ops.cuda.linear import kernel_defines
 from turbolm.ops.cuda.plan import DENSE, INT4, INT8, TILES, Output, Unit, tiles_of
+from turbolm.ops.cuda.single import SingleTile
+from turbolm.ops.cuda.single import kernel_defines as single_defines
 from turbolm.ops.cuda.wide import DENSE_TILE, WideTile
 from turbolm.ops.cuda.wide import TILES as WIDE_TILES
 from turbolm.ops.cuda.wide import kernel_defines as wide_defines
@@ -75,6 +79,14 @@ def test_unpacking_variants_fit_an_sm_without_spilling(unit: Unit, tokens: int, 
     assert stack == 0
 
 
+@pytest.mark.parametrize(("tile", "unit"), [(SingleTile(1, 8, 4), INT4[128]), (SingleTile(1, 16, 3), INT4[32])])
+def test_the_kernel_for_one_row_fits_an_sm_without_spilling(tile: SingleTile, unit: Unit) -> None:
+    defines = single_defines(tile, unit, Output.PARTS, 0, torch.bfloat16)
+    registers, stack = resources(compiler.compile_cubin(compiler.KERNELS / "single.cu", defines, "sm_90"))
+    assert tile.min_ctas * registers * 32 * tile.num_warps <= 65536
+    assert stack == 0
+
+
 @pytest.mark.parametrize(
     ("tile", "unit", "output"),
     [
@@ -88,6 +100,13 @@ def test_the_kernel_for_many_rows_compiles_without_spilling(tile: WideTile, unit
     registers, stack = resources(compiler.compile_cubin(compiler.KERNELS / "wide.cu", defines, "sm_90a"))
     assert registers * tile.num_threads <= 65536
     assert stack == 0
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4", "fp8"])
+def test_decode_attention_compiles(kind: KvKind) -> None:
+    variant = Variant(128, 4, 8, 64, 0, False, torch.bfloat16, 12, 2, kind)
+    registers, _ = resources(compiler.compile_cubin(compiler.KERNELS / "decode.cu", variant.defines(), "sm_90"))
+    assert registers * 32 * variant.warps <= 65536
 
 
 def test_compiles_once(source: Path, cache: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from turbolm.errors import EngineError
-from turbolm.ops.cuda import launch, linear, wide
+from turbolm.ops.cuda import launch, linear, single, wide
 from turbolm.ops.cuda.int4 import Int4Matrix
 from turbolm.ops.cuda.plan import INT4, Gpu
 
@@ -106,6 +106,21 @@ def test_nothing_is_supported_without_a_gpu() -> None:
     if not torch.cuda.is_available():
         linear.supports.cache_clear()
         assert not linear.supports(1, 96, 256, torch.bfloat16)
+
+
+def test_one_row_by_4_bits(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = Int4Matrix(torch.zeros(6, 2, INT4[64].num_bytes, dtype=torch.uint8), 64)
+    monkeypatch.setattr(single, "gpu_of", lambda _: Gpu(4, 232_448, 233_472))
+    monkeypatch.setattr(single, "_kernel", lambda *_: SimpleNamespace(function=ctypes.c_void_p(77)))
+    monkeypatch.setattr(driver, "arguments", single.Arguments)
+    x = torch.ones(1, 256, dtype=torch.bfloat16)
+    parts, gated = single.single_parts(x, matrix, None), single.single_gated(x, matrix, "silu")
+    for (config, given), out in zip(driver.launches, (parts, gated), strict=True):
+        assert (given.x, given.w, given.out) == (x.data_ptr(), matrix.units.data_ptr(), out.data_ptr())
+        assert (given.n, given.k, given.code_mask) == (96, 256, 0x000F000F)
+        assert config.grid[0] * config.grid[1] <= 4
+    assert parts.shape[-2:] == (1, 96) and gated.shape == (1, 48)
+    single._launch.cache_clear()
 
 
 def test_4_bits_go_to_the_kernel_for_as_many_rows(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from turbolm.ops.cuda import linear as few
-from turbolm.ops.cuda import wide
+from turbolm.ops.cuda import single, wide
 from turbolm.ops.cuda.eight_bit import EightBitMatrix
 from turbolm.ops.cuda.int4 import Int4Matrix
 from turbolm.ops.cuda.plan import MAX_TOKENS
@@ -169,6 +169,8 @@ class Int4Linear:
     def parts(self, x_tk: Tensor) -> Tensor:
         """[p, t, n] float32, to be summed over p; or finished [t, n]."""
         x_tk = self._order(x_tk)
+        if single.takes(x_tk, self.matrix):
+            return single.single_parts(x_tk, self.matrix, self.bias)
         if self._is_few(x_tk):
             return few.linear_parts(x_tk, self.matrix, self.bias)
         out = x_tk.new_empty((x_tk.shape[0], self.out_features))
@@ -178,6 +180,8 @@ class Int4Linear:
     def gated(self, x_tk: Tensor, activation: Activation) -> Tensor:
         """activation(first half of n) * second half → [t, f]; without a bias."""
         x_tk = self._order(x_tk)
+        if single.takes(x_tk, self.matrix):
+            return single.single_gated(x_tk, self.matrix, activation)
         if self._is_few(x_tk):
             return few.linear_gated(x_tk, self.matrix, activation)
         out = x_tk.new_empty((x_tk.shape[0], self.out_features // 2))
@@ -189,6 +193,8 @@ class Int4Linear:
         x_tk = self._order(x_tk)
         if not self.is_deferred(x_tk.shape[0]):
             self._multiply_unpacked(x_tk, out_tn)
+        elif single.takes(x_tk, self.matrix):
+            single.single_logits(x_tk, self.matrix, out_tn)
         elif self._is_few(x_tk):
             few.linear_logits(x_tk, self.matrix, out_tn)
         else:

@@ -51,6 +51,10 @@ __device__ __forceinline__ uint4 read_shared(u32 address) {
     return *static_cast<const uint4*>(__cvta_shared_to_generic(address));
 }
 
+__device__ __forceinline__ u32 read_shared_word(u32 address) {
+    return *static_cast<const u32*>(__cvta_shared_to_generic(address));
+}
+
 __device__ __forceinline__ uint2 read_shared_pair(u32 address) {
     return *static_cast<const uint2*>(__cvta_shared_to_generic(address));
 }
@@ -75,6 +79,37 @@ template <int PENDING>
 __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
+
+#if __CUDA_ARCH__ >= 900
+
+// A barrier that `copy_bulk` completes, again and again: 8 bytes of shared memory, made by the lane that copies.
+__device__ __forceinline__ void make_barrier(u32 barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+}
+
+// Copies see the barriers that this lane made.
+__device__ __forceinline__ void show_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+// By one lane; for what is read once. bytes: a multiple of 16.
+__device__ __forceinline__ void copy_bulk(u32 to_shared, const void* from, u32 bytes, u32 barrier) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+            to_shared),
+        "l"(from), "r"(bytes), "r"(barrier), "l"(EVICT_FIRST)
+        : "memory");
+}
+
+// Until the barrier's copy of this parity (of how many came before it) is there.
+__device__ __forceinline__ void wait_for_bulk(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred there;\nagain:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 there, [%0], %1;\n@!there bra again;\n}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
+#endif
 
 // What other CTAs wrote before they published.
 __device__ __forceinline__ float4 read_fresh(const float4* from) { return __ldcg(from); }

@@ -67,10 +67,6 @@ __device__ __forceinline__ u32 transpose(u32 pair) {
     return transposed;
 }
 
-__device__ __forceinline__ u32 read_shared_word(u32 address) {
-    return *static_cast<const u32*>(__cvta_shared_to_generic(address));
-}
-
 // Halves of two words in one: the low ones, the high ones.
 __device__ __forceinline__ u32 low_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x5410); }
 __device__ __forceinline__ u32 high_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x7632); }

@@ -18,7 +18,7 @@ from turbolm.ops.cuda.compiler import KERNELS, compile_cubin, cuda_kernels_error
 from turbolm.ops.cuda.int4 import Int4Matrix
 from turbolm.ops.cuda.launch import Kernel, Launch
 from turbolm.ops.cuda.linear import ACTIVATIONS, gpu_of
-from turbolm.ops.cuda.plan import Gpu, Output, Unit, needs_sm
+from turbolm.ops.cuda.plan import Gpu, Output, Unit
 
 _CAPABILITY = (9, 0)  # bulk copies
 _UNITS = 4  # of x that a warp's registers hold; with several groups of k to a unit one less
@@ -199,9 +199,9 @@ def _launch(
     plan: SinglePlan, output: Output, activation: int, dtype: torch.dtype, device_index: int, overlap: bool
 ) -> Launch:
     kernel = _kernel(plan.tile, plan.unit, output, activation, dtype, device_index)
-    shared_bytes, gpu = plan.shared_bytes, gpu_of(device_index)
-    if needs_sm(plan.groups * plan.splits, gpu):
-        shared_bytes = max(shared_bytes, gpu.shared_per_sm // 2)
+    # More than half of an SM's: no SM may have two of this kernel's CTAs while another has none (`plan.needs_sm`), as
+    # happens beside kernels that leave some SMs sooner. Of Llama-2-7B, one row, 32 layers: 588 tokens/s, else 488.
+    shared_bytes = max(plan.shared_bytes, gpu_of(device_index).shared_per_sm // 2)
     grid, num_threads = (plan.groups, plan.splits), 32 * plan.tile.num_warps
     return Launch(kernel, grid, num_threads, shared_bytes, plan_arguments(plan), overlap=overlap)
 

@@ -68,7 +68,7 @@ class WideTile:
 
 
 TILES = (
-    *(WideTile(16, warpgroups, 6) for warpgroups in (4, 2)),
+    WideTile(16, 2, 6),
     *(WideTile(32, warpgroups, 6) for warpgroups in (4, 2)),
     WideTile(64, 4, 4, 4),
     WideTile(64, 2, 6),
@@ -208,7 +208,7 @@ def _launch(
     arguments.partials, arguments.flags = sums.data_ptr(), flags.data_ptr()
     kernel = _kernel(plan.tile, unit, output, activation, dtype, device_index)
     shared_bytes, gpu = plan.tile.shared_bytes(unit), gpu_of(device_index)
-    if needs_sm(plan.grid, gpu):
+    if plan.tile.tokens == 16 or needs_sm(plan.grid, gpu):  # two of the smallest fit an SM
         shared_bytes = max(shared_bytes, gpu.shared_per_sm // 2)
     return Launch(kernel, (plan.grid, 1), plan.tile.num_threads, shared_bytes, arguments, overlap=overlap)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from turbolm.kv import KvShape
 from turbolm.ops import AttentionSpec, LayerCache
+from turbolm.ops.triton.launch import await_inputs
 from turbolm.ops.triton.tiles import (
     FP8,
     INT4,
@@ -249,9 +250,7 @@ def _decode_kernel(
     """q [rows, KV_HEADS * GROUP * DIM] (row stride given), pools [blocks, KV_HEADS, BLOCK_SIZE, ·], tables
     [num_sequences, ·], contexts [num_sequences], starts [num_sequences + 1] (if QUERIES > 1) → out. Per program
     two partial results in parts [·, KEPT_ROWS, OUT_WIDTH] and stats [·, KEPT_ROWS, 2]; counters [pairs], all 0."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    await_inputs(PDL)
     program = tl.program_id(0)
     seqs = tl.arange(0, SEQUENCES)
     tiles_s = _share_of_work(contexts, starts, num_sequences, seqs, QUERIES, WINDOW, TILE)
@@ -357,9 +356,7 @@ def _combine_kernel(
     SEQUENCES: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per (sequence, kv head): puts it together if the decode kernel's shares divided it."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    await_inputs(PDL)
     kv_head = tl.program_id(0)
     sequence = tl.program_id(1)
     seqs = tl.arange(0, SEQUENCES)

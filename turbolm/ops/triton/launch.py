@@ -26,10 +26,11 @@ def pdl_options(device: torch.device) -> dict[str, bool]:
 
 @triton.jit
 def await_inputs(PDL: tl.constexpr):
-    """Before this, a program reads only constants and what the step began with, and writes nothing."""
+    """Before this, a program reads only constants and what the step began with, and writes nothing. The next kernel may
+    start at once, as it awaits this one: by then a product has asked for its first weights."""
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit

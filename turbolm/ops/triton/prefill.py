@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from turbolm.ops import AttentionSpec, LayerCache
+from turbolm.ops.triton.launch import await_inputs
 from turbolm.ops.triton.tiles import (
     attend_tile,
     dimension_of,
@@ -81,9 +82,7 @@ def _prefill_kernel(
 ):  # fmt: skip
     """Grid (kv heads, programs that the chunks need). q [·, heads * DIM] and out [·, heads * V_DIM] by rows that
     starts [num_sequences + 1] counts; tables [num_sequences, ·], contexts [num_sequences]."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    await_inputs(PDL)
     TOKENS: tl.constexpr = ROWS // GROUP
     kv_head = tl.program_id(0)
     index = tl.num_programs(1) - 1 - tl.program_id(1)  # the longest contexts of a chunk first

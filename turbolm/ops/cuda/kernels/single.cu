@@ -4,7 +4,6 @@
 // warp keeps its part of x in registers, as B fragments of mma.m16n8k16 whose columns are all alike, for all the row
 // tiles that it goes through; codes are multiplied as the bits make them, and what these add to them, as well as the
 // zero point, goes off the sums by the sum of x; weights come as one bulk copy per row tile, which one lane asks for.
-// Two kernels fit an SM: while one works, the next one has asked for its first weights.
 //
 //   unit   16 rows x 128 k of w (int4.cuh)
 //   pass   ROUNDS * WARPS_M row tiles, whose sums the CTA adds up over warps at once

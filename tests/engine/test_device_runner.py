@@ -17,7 +17,7 @@ from turbolm.engine.device_runner import DeviceRunner
 from turbolm.engine.graph import DecodeGraphs, GraphKey
 from turbolm.engine.runner import Runner
 from turbolm.engine.scheduler import Scheduler
-from turbolm.engine.speculative import MAX_ROWS, Costs, PromptLookup
+from turbolm.engine.speculative import Costs, PromptLookup
 from turbolm.engine.step_device import StepDevice
 from turbolm.kv import KvFormat
 from turbolm.models.checkpoint import open_checkpoint
@@ -80,7 +80,12 @@ class ReplayedGraphs(DecodeGraphs):
 
 
 def run(
-    model: Decoder, requests: Iterable[Request], overlapped: bool, drafter: Any = None, **limits: int
+    model: Decoder,
+    requests: Iterable[Request],
+    overlapped: bool,
+    drafter: Any = None,
+    max_shared_rows: int = 16,
+    **limits: int,
 ) -> dict[str, Output]:
     sizes = {"num_blocks": 64, "max_batch_size": 16, "max_batch_tokens": 64} | limits
     # The reference stores what has slot -1 in the last slot of all.
@@ -93,7 +98,7 @@ def run(
         return model.forward(batch, caches)
 
     with mock.patch.multiple(torch.cuda, graph_pool_handle=mock.DEFAULT, Stream=mock.DEFAULT):
-        graphs = ReplayedGraphs(forward, Limits(), BLOCK, CPU, max_shared_rows=MAX_ROWS)
+        graphs = ReplayedGraphs(forward, Limits(), BLOCK, CPU, max_shared_rows=max_shared_rows)
     graphs.capture_all()
     runner = (
         DeviceRunner(
@@ -186,13 +191,36 @@ def test_drafts_are_verified_by_rows_among_the_decodes(model: Decoder, options: 
     }
 
 
+@pytest.mark.parametrize("limits", [{}, {"max_batch_tokens": 11, "max_batch_size": 3}, {"num_blocks": 12}])
+@pytest.mark.parametrize("options", [{"temperature": 1.2}, {"temperature": 0.0, "presence_penalty": 0.5}])
+def test_small_steps_with_prompts_are_served_by_graphs(model: Decoder, options: dict, limits: dict) -> None:
+    steps: list[StepArrays] = []
+    compute = StepDevice.compute
+
+    def computed(device: StepDevice, arrays: StepArrays, *others: Any) -> Any:
+        steps.append(arrays)
+        replays = device.num_replays
+        result = compute(device, arrays, *others)
+        assert device.num_replays == replays + 1
+        return result
+
+    items = requests(**options)
+    plain = run(model, items, False, **limits)
+    with mock.patch.object(StepDevice, "compute", computed):
+        found = run(model, items, True, max_shared_rows=64, **limits)
+    assert any(len(arrays.logit_rows) < len(arrays.token_ids) for arrays in steps), "prompts' tokens were among them"
+    assert {key: output.token_ids for key, output in found.items()} == {
+        key: output.token_ids for key, output in plain.items()
+    }
+
+
 def test_requests_of_all_kinds_share_steps(model: Decoder) -> None:
     items = [
         Request(f"{name}-{request.id}", request.prompt_token_ids, request.params)
         for name, options in VARIANTS.items()
         for request in requests(**options)[:4]
     ]
-    plain, found = run(model, items, False), run(model, items, True)
+    plain, found = run(model, items, False), run(model, items, True, max_shared_rows=64)
     assert {key: output.token_ids for key, output in found.items()} == {
         key: output.token_ids for key, output in plain.items()
     }

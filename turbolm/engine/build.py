@@ -20,7 +20,7 @@ from turbolm.engine.part import Part, allocate_caches, lead, load_part
 from turbolm.engine.rehearsal import rehearsals
 from turbolm.engine.runner import Runner
 from turbolm.engine.scheduler import Scheduler
-from turbolm.engine.speculative import CPU_COSTS, GPU_COSTS, MAX_ROWS, Costs, PromptLookup
+from turbolm.engine.speculative import CPU_COSTS, GPU_COSTS, Costs, PromptLookup
 from turbolm.engine.step_device import StepDevice
 from turbolm.kv import KvFormat
 from turbolm.kv_scales import find_scales
@@ -182,7 +182,7 @@ def _runner(model: Decoder, caches: list[LayerCache], config: ResolvedConfig, vo
         ops.finish_loading(config.max_logit_rows, model.spec.vocab_size)
         graphs = DecodeGraphs(
             steps.forward, config, config.block_size, ops.device,
-            has_adapters=has_adapters, max_shared_rows=MAX_ROWS if config.speculation else 0,
+            has_adapters=has_adapters, max_shared_rows=min(config.max_logit_rows, config.max_batch_tokens),
         )  # fmt: skip
         sample = functools.partial(_sample, ops, vocab_size)
         device = StepDevice(

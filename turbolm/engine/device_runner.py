@@ -2,7 +2,8 @@
 
 The host reads what a step samples one step late. Only where a request asks for what the host has to compute
 (log-probabilities, grammars) is a step's result awaited at once. A sequence's drafts are verified by rows of their own
-among the decodes: each attends to the same blocks, one position further than the row before. Where several processes
+among the decodes: each attends to the same blocks, one position further than the row before. So are short prompts, and
+what a cached prefix leaves of longer ones: launching their kernels one by one takes longer. Where several processes
 compute the model together, this is the one that leads: the others get each step as the arrays that it computes itself.
 """
 
@@ -19,16 +20,18 @@ from torch import Tensor
 
 from turbolm.engine.adjustments import Adjuster, HostAdjustments, Row
 from turbolm.engine.batch import Ints, StepArrays, adapters_of, lay_out, num_columns
-from turbolm.engine.graph import Limits
+from turbolm.engine.graph import MAX_SHARED_ROWS, Limits
 from turbolm.engine.pooling import Pooler, pooled_rows
 from turbolm.engine.randomness import uniform
 from turbolm.engine.runner import Completed, compute_results, logit_rows_of, with_embeddings
 from turbolm.engine.sampler import Sampler, no_distribution
 from turbolm.engine.sequence_table import SequenceTable
-from turbolm.engine.speculative import MAX_ROWS, num_accepted
+from turbolm.engine.speculative import num_accepted
 from turbolm.engine.step import ScheduledSequence, Step, StepResult
 from turbolm.engine.step_device import Download, Draws, StepDevice
 from turbolm.types import Sequence
+
+_MAX_READ = 1 << 16  # tokens of context, by all rows together, in a small step: each row reads its own anew
 
 
 class Followers(Protocol):
@@ -72,7 +75,7 @@ class DeviceRunner:
         self._pooler = Pooler()
         self._table = SequenceTable(2 * limits.max_batch_size, num_columns(limits.max_context, block_size))
         self._adjuster = None if device.num_slots == 0 or followers is not None else Adjuster(device.num_slots)
-        self._counting = np.arange(max(limits.max_batch_size, MAX_ROWS) + 1, dtype=np.int32)
+        self._counting = np.arange(max(limits.max_batch_size, MAX_SHARED_ROWS) + 1, dtype=np.int32)
         self._last_rows: dict[Sequence, int] = {}
         self._last_tokens: Ints | None = None  # of the last step that sampled, where the host knows them
         self._last_flight: _InFlight | None = None  # that step, where it does not
@@ -107,9 +110,9 @@ class DeviceRunner:
         if not chooses:
             self._learn_tokens(items)
         samples = [item.samples for item in items]
-        if all(samples) and all(item.num_new_tokens == 1 for item in items):
-            arrays = self._lay_out_decodes(items, rows)._replace(adapters=adapters_of(items))
-        else:
+        pools = None if all(samples) else pooled_rows(items)
+        arrays = None if pools else self._lay_out_rows(items, rows, samples)
+        if arrays is None:
             arrays = lay_out(step, self._block_size, [logit_rows_of(item) for item in items], self._last_rows)
         arrays = self._resolve(arrays)
         draws = self._draws(items, rows, samples) if chooses and any(samples) else None
@@ -117,7 +120,6 @@ class DeviceRunner:
         gathers = not chooses and len(arrays.logit_rows) > 0
         if self._followers is not None:
             self._followers.step(arrays, draws, gathers)
-        pools = None if all(samples) else pooled_rows(items)
         computed = self._device.compute(arrays, draws, gathers, pools, adjustments)
         if chooses:
             flight = _InFlight(items, computed.download(), self._followers, self._pooler)
@@ -155,17 +157,31 @@ class DeviceRunner:
         assert self._last_tokens is not None
         return max(0, int(self._last_tokens[self._last_rows[sequence]]))
 
-    def _lay_out_decodes(self, items: tuple[ScheduledSequence, ...], rows: Ints) -> StepArrays:
-        """`lay_out` of a step in which each sequence computes one token and drafts, which get rows of their own."""
+    def _lay_out_rows(self, items: tuple[ScheduledSequence, ...], rows: Ints, samples: list[bool]) -> StepArrays | None:
+        """The step with a row for each token, prompts' and drafts' too, as if they were decodes: so a graph can serve
+        it. None: it has tokens of prompts, and none does."""
+        is_decodes = all(samples) and all(item.num_new_tokens == 1 for item in items)
+        counts = [item.num_tokens for item in items]
+        if is_decodes:
+            return self._lay_out_decodes(items, rows, counts)
+        read = sum(count * (item.start + count) for item, count in zip(items, counts, strict=True))
+        if self._followers is not None or sum(counts) > MAX_SHARED_ROWS or read > _MAX_READ:
+            return None
+        starts = itertools.accumulate(counts, initial=0)
+        wanted = [start + row for start, item in zip(starts, items, strict=False) for row in logit_rows_of(item)]
+        arrays = self._lay_out_decodes(items, rows, counts)._replace(logit_rows=np.array(wanted, np.int32))
+        return arrays if self._device.has_graph(arrays) else None
+
+    def _lay_out_decodes(self, items: tuple[ScheduledSequence, ...], rows: Ints, counts: list[int]) -> StepArrays:
+        """A row for each token. counts: of the items' tokens."""
         size, last_rows = self._block_size, self._last_rows
         positions = np.array([item.start for item in items], np.int32)
+        shares_context = max(counts) > 1
         token_ids = [
             -1 - last_rows[item.sequence] if item.follows else item.sequence.token_ids[item.start] for item in items
         ]
-        counts = [1 + len(item.drafts) for item in items]
-        has_drafts = max(counts) > 1
-        if has_drafts:
-            token_ids = [t for first, item in zip(token_ids, items, strict=True) for t in (first, *item.drafts)]
+        if shares_context:
+            token_ids = [t for first, item in zip(token_ids, items, strict=True) for t in (first, *_further(item))]
             positions, rows = np.repeat(positions, counts) + _steps(counts), np.repeat(rows, counts)
         count = len(positions)
         contexts = positions + 1
@@ -173,9 +189,8 @@ class DeviceRunner:
         tables = self._table.block_tables[rows, : num_columns(longest, size)]
         counting = self._counting[: count + 1]
         slots = tables[counting[:-1], positions // size] * size + positions % size
-        token_array = np.array(token_ids, np.int32)
         return StepArrays(
-            token_array,
+            np.array(token_ids, np.int32),
             positions,
             slots,
             counting,
@@ -186,7 +201,8 @@ class DeviceRunner:
             longest,
             count,
             (),
-            shares_context=has_drafts,
+            adapters_of(items),
+            shares_context,
         )
 
     def _resolve(self, arrays: StepArrays) -> StepArrays:
@@ -244,6 +260,11 @@ class DeviceRunner:
             if item.samples:
                 self._last_rows[item.sequence] = row
                 row += 1 + len(item.drafts)
+
+
+def _further(item: ScheduledSequence) -> tuple[int, ...]:
+    """Its tokens but for the first."""
+    return (*item.sequence.token_ids[item.start + 1 : item.start + item.num_new_tokens], *item.drafts)
 
 
 def _steps(counts: list[int]) -> Ints:

@@ -1,7 +1,7 @@
 """Recording a model's step once, to replay it without Python: the same batches, the same results.
 
-On the CPU a plan of native instructions serves steps of any shape; on a GPU, CUDA graphs serve steps
-of decodes alone, one graph per number of sequences (`DecodeGraphs`).
+On the CPU a plan of native instructions serves steps of any shape; on a GPU, CUDA graphs serve steps of
+decodes alone, and small ones whose tokens are laid out as decodes, one graph per number of rows (`DecodeGraphs`).
 """
 
 from __future__ import annotations
@@ -140,6 +140,11 @@ def graph_sizes(max_batch_size: int) -> list[int]:
     return [*(size for size in sizes if size < max_batch_size), max_batch_size]
 
 
+_SHARED_SIZES = (2, 4, 8, 16, 24, 32, 48, 64)
+MAX_SHARED_ROWS = _SHARED_SIZES[-1]
+"""Of a step in which several rows may be of one sequence: drafts, or tokens of prompts."""
+
+
 class GraphKey(NamedTuple):
     """What a graph serves."""
 
@@ -152,8 +157,8 @@ _SHORT_CONTEXT = 1024  # steps of contexts up to this have graphs of their own: 
 
 
 class DecodeGraphs:
-    """CUDA graphs of the steps that compute one token per sequence. Inputs are copied to where the
-    graphs read them; rows that pad a step belong to no sequence (context 0) and store nothing (slot -1)."""
+    """CUDA graphs of the steps in which every row attends by itself. Inputs are copied to where the graphs read
+    them; rows that pad a step belong to no sequence (context 0) and store nothing (slot -1)."""
 
     def __init__(
         self,
@@ -166,7 +171,7 @@ class DecodeGraphs:
         max_shared_rows: int = 0,
     ) -> None:
         """With `has_adapters`, every graph adds what the rows' adapters do. `max_shared_rows`: of steps in which
-        several rows may be of one sequence."""
+        several rows may be of one sequence, at most MAX_SHARED_ROWS."""
         self._forward = forward
         self._limits = limits
         self._device = device
@@ -174,9 +179,9 @@ class DecodeGraphs:
         self._num_heads = 5 if has_adapters else 4  # inputs of one element per row
         sizes = graph_sizes(limits.max_batch_size)
         contexts = {limits.max_context, min(limits.max_context, _SHORT_CONTEXT)}
-        shared = [size for size in graph_sizes(max_shared_rows) if size > 1] if max_shared_rows else []
+        shared = [size for size in _SHARED_SIZES if size <= max_shared_rows]
         keys = [*itertools.product((False,), contexts, sizes), *itertools.product((True,), contexts, shared)]
-        # Captured from the end on: those for drafts last.
+        # Captured from the end on: those of several rows per sequence last.
         self._pending = sorted((GraphKey(*key) for key in keys), key=lambda key: (not key.shares_context, *key[1:]))
         self._captured: dict[GraphKey, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
@@ -190,7 +195,7 @@ class DecodeGraphs:
         """The captured graph that serves the step; None: it has to be computed without one."""
         count = arrays.num_decodes
         sizes = self._sizes_by_kind[arrays.shares_context]
-        if arrays.max_query != 1 or len(arrays.logit_rows) != count or not sizes or count > sizes[-1]:
+        if arrays.max_query != 1 or count != len(arrays.token_ids) or not sizes or count > sizes[-1]:
             return None
         size = sizes[bisect_left(sizes, count)]
         contexts = (_SHORT_CONTEXT, self._limits.max_context)
@@ -235,7 +240,7 @@ class DecodeGraphs:
         return self._inputs[:size]
 
     def replay(self, key: GraphKey) -> Tensor:
-        """Compute → logits [size, v], valid until the next step."""
+        """Compute → logits [size, v] of all rows, valid until the next step."""
         graph, logits = self._captured[key]
         graph.replay()
         return logits

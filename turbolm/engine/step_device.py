@@ -17,7 +17,7 @@ from torch import Tensor
 
 from turbolm.engine.adjustments import HostAdjustments
 from turbolm.engine.batch import Ints, StepArrays
-from turbolm.engine.graph import DecodeGraphs, Forward, ForwardHidden
+from turbolm.engine.graph import DecodeGraphs, Forward, ForwardHidden, GraphKey
 from turbolm.engine.pooling import RowRange, sum_rows
 from turbolm.ops.adjustments import FLOATS, Adjustments
 from turbolm.types import Batch
@@ -153,19 +153,32 @@ class StepDevice:
         previous = self._no_tokens if self._last_tokens is None else self._last_tokens
         self._adjust(logits_rv[:, : self._counts_shape[1]], self._counts, Adjustments(**fields), previous)
 
+    def has_graph(self, arrays: StepArrays) -> bool:
+        """Whether a captured graph serves the step."""
+        return self._key(arrays) is not None
+
+    def _key(self, arrays: StepArrays) -> GraphKey | None:
+        # Ranks choose tokens where a graph leaves its logits: there, no row may be left out.
+        is_whole = len(arrays.logit_rows) == len(arrays.token_ids) or self._gather_logits is None
+        return self._graphs.find(arrays) if self._graphs is not None and is_whole else None
+
     def _logits(self, arrays: StepArrays, buffers: _PinnedBuffers) -> Tensor:
-        graphs = self._graphs
-        key = None if graphs is None else graphs.find(arrays)
+        graphs, key = self._graphs, self._key(arrays)
         if graphs is None or key is None:
             batch = self._upload(arrays, buffers)
             self._resolve(batch.token_ids, arrays)
             return self._forward(batch)
-        size, host = key.size, buffers.ints(graphs.input_length)
+        size, wanted = key.size, arrays.logit_rows
+        host = buffers.ints(graphs.input_length + len(wanted))
         length = graphs.fill(arrays, size, host.numpy())
         graphs.inputs(length).copy_(host[:length], non_blocking=True)
         self._resolve(graphs.token_ids(size), arrays)
         self.num_replays += 1
-        return graphs.replay(key)[: len(arrays.logit_rows)]
+        logits = graphs.replay(key)
+        if len(wanted) == len(arrays.token_ids):
+            return logits[: len(wanted)]
+        host.numpy()[length : length + len(wanted)] = wanted
+        return logits.index_select(0, host[length : length + len(wanted)].to(self._device, non_blocking=True))
 
     def _upload(self, arrays: StepArrays, buffers: _PinnedBuffers) -> Batch:
         """The step's inputs, in one copy."""

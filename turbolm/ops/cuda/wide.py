@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from turbolm.errors import EngineError
+from turbolm.fallbacks import note_fallback
 from turbolm.ops.cuda.compiler import KERNELS, compile_cubin, cuda_kernels_error
 from turbolm.ops.cuda.int4 import Int4Matrix
 from turbolm.ops.cuda.launch import Kernel, Launch
 from turbolm.ops.cuda.linear import ACTIVATIONS, gpu_of, stored, unit_of
-from turbolm.ops.cuda.plan import Gpu, Output, Unit, needs_sm
+from turbolm.ops.cuda.plan import DENSE, Gpu, Output, Unit, needs_sm
 
 Matrix = Tensor | Int4Matrix  # [n, k]: in the dtype of x, or of 4 bits
 
 _CAPABILITY = (9, 0)  # wgmma is of this architecture alone
+_log = logging.getLogger(__name__)
 
 # Microseconds and bytes of one SM, an H200's, fitted to the times of 74 layouts (docs/log.md; rms 5%).
 _HBM = 34_500.0
@@ -133,8 +137,15 @@ def plan_wide(num_tokens: int, n: int, k: int, unit: Unit, gpu: Gpu) -> WidePlan
 
 @functools.cache
 def supports(device_index: int) -> bool:
-    """Whether the device has the instructions."""
-    return cuda_kernels_error() is None and torch.cuda.get_device_capability(device_index) == _CAPABILITY
+    """Whether the device has the instructions, and the compiler knows them."""
+    if cuda_kernels_error() is not None or torch.cuda.get_device_capability(device_index) != _CAPABILITY:
+        return False
+    try:
+        _kernel(DENSE_TILE, DENSE, Output.ELEMENTS, 0, torch.bfloat16, device_index)
+    except EngineError as error:
+        note_fallback(_log, f"products of 17 rows and more are computed by cuBLAS: {error}")
+        return False
+    return True
 
 
 def takes(matrix: Matrix) -> bool:

@@ -46,6 +46,7 @@ from gpu_workloads import (
 )
 
 from turbolm import AsyncLLM, SamplingParams
+from turbolm.delivery import complete
 from turbolm.errors import EngineError, TurbolmError
 
 #: What the other engines were given as their longest context; elsewhere the model's own.
@@ -113,10 +114,10 @@ class Bench:
         if self.clock.left < max(expected, 0.01):
             raise SkippedError(f"skipped: takes about {expected:.1f} s, {self.clock.left:.1f} s are left")
         params = SamplingParams(temperature=0 if self.is_greedy else temperature, ignore_eos=True)
+        own = [replace(params, max_tokens=ask.answer) for ask in asks]
         before, start = self.llm.stats, time.perf_counter()
-        jobs = (self._answer(ask, replace(params, max_tokens=ask.answer)) for ask in asks)
         try:
-            counts = await asyncio.wait_for(asyncio.gather(*jobs), self.clock.left)
+            counts = await asyncio.wait_for(self._answer(asks, own), self.clock.left)
         except asyncio.TimeoutError:
             raise SkippedError("cut off: the time was up") from None
         elapsed = time.perf_counter() - start
@@ -132,16 +133,18 @@ class Bench:
         })  # fmt: skip
         return elapsed
 
-    async def _answer(self, ask: Ask, params: SamplingParams) -> int:
-        """Tokens that came back. Without --stream as LLM.generate does it, which takes the same parameters for all
-        prompts only: the answer comes as a whole, and no text is made per token."""
-        prompt = self.llm._plain(ask.prompt)
-        count = 0
-        async for delta in self.llm._submit(prompt, params, deltas=self.is_streaming):
-            if delta.error is not None:
-                raise delta.error
-            count += len(delta.token_ids)
-        return count
+    async def _answer(self, asks: Sequence[Ask], params: Sequence[SamplingParams]) -> list[int]:
+        """Tokens that came back. As LLM.generate does it; there, and without --stream here, an answer comes as a whole,
+        and no text is made per token."""
+        asked = [
+            self.llm._submit(self.llm._plain(ask.prompt), own, deltas=self.is_streaming)
+            for ask, own in zip(asks, params, strict=True)
+        ]
+        outputs = [completion.outputs[0] for completion in await complete(asked, lambda _: None)]
+        for output in outputs:
+            if output.error is not None:
+                raise output.error
+        return [len(output.token_ids) for output in outputs]
 
     async def warm(self) -> None:
         """What goes before everything. Where there is no time for it, nor is there for the rest, which says so."""

@@ -7,7 +7,7 @@ import gc
 
 import pytest
 
-from turbolm.delivery import Answers, Delivery
+from turbolm.delivery import Answers, Delivery, complete
 from turbolm.errors import DeadlineError, EngineError
 from turbolm.stream import AnswerStream
 from turbolm.text import PartParser, byte_tokenizer
@@ -17,6 +17,7 @@ from turbolm.types import Output, Request, SamplingParams, TokenLogprob, Usage
 class FakeEngine:
     def __init__(self) -> None:
         self.submitted: list[Request] = []
+        self.calls: list[list[str]] = []  # ids of the requests of each submission
         self.cancelled: list[tuple[str, int]] = []
         self.error: EngineError | None = None
 
@@ -24,6 +25,7 @@ class FakeEngine:
         if self.error:
             raise self.error
         self.submitted += requests
+        self.calls.append([f"{request.id}{request.index}" for request in requests])
 
     def cancel(self, request_id, index=0):
         self.cancelled.append((request_id, index))
@@ -47,7 +49,7 @@ def make(engine, delivery):
     def answers(name: str = "r", count: int = 1, prompt_parser=PartParser, keep: bool = True, timeout=None) -> Answers:
         params = SamplingParams(timeout=timeout)
         requests = [Request(name, (1,), params, index=index) for index in range(count)]
-        streams = [AnswerStream(request, tokenizer, prompt_parser(), is_continuation=True) for request in requests]
+        streams = [AnswerStream(request, tokenizer, prompt_parser, is_continuation=True) for request in requests]
         found = Answers(engine, delivery, requests, streams, True)
         if keep:
             kept.append(found)
@@ -149,8 +151,65 @@ def test_an_engine_that_takes_nothing(make, engine, delivery):
         engine.error = EngineError("closed")
         with pytest.raises(EngineError, match="closed"):
             await anext(make())
+        with pytest.raises(EngineError, match="closed"):
+            make().begin(lambda _: None)
+        with pytest.raises(EngineError, match="closed"):
+            await complete([make("a"), make("b")], lambda _: None)
         engine.error = None
         make().begin(lambda _: None)  # the id is free again
+
+    asyncio.run(scene())
+
+
+def test_what_tasks_ask_for_at_once_reaches_the_engine_at_once(make, engine):
+    async def scene():
+        asked = [make(name) for name in "abc"]
+        tasks = [asyncio.create_task(anext(answers)) for answers in asked]
+        asyncio.get_running_loop().call_soon(asked[1].end)
+        await let_run()
+        assert engine.calls == [["a0", "c0"]]  # in order, without the one that was cancelled meanwhile
+        tasks.append(asyncio.create_task(anext(make("later"))))
+        await let_run()
+        assert engine.calls[1:] == [["later0"]]
+        for task in tasks:
+            task.cancel()
+
+    asyncio.run(scene())
+
+
+def test_many_requests_are_completed_together(make, delivery, engine):
+    async def scene():
+        ended: list[int] = []
+        job = asyncio.create_task(complete([make("a"), make("b", count=2), make("c")], ended.append))
+        await let_run()
+        assert engine.calls == [["a0", "b0", "b1", "c0"]]
+        delivery.deliver([last("x", 1, "b"), delta("y", 0, "b"), last("z", 0, "c")])
+        await let_run()
+        assert ended == [1]
+        error = EngineError("lost")
+        delivery.deliver([last("w", 0, "b"), Output("a", 0, finish_reason="error", error=error)])
+        first, second, third = await job
+        assert ended == [1, 1, 1]
+        assert first.outputs[0].error is error
+        assert [(output.index, output.text) for output in second.outputs] == [(0, "yw"), (1, "x")]
+        assert third.text == "z"
+        assert third.prompt_token_ids == (1,)
+        assert await complete([], ended.append) == []
+        assert engine.cancelled == []
+
+    asyncio.run(scene())
+
+
+def test_cancelling_many_cancels_those_that_still_run(make, delivery, engine):
+    async def scene():
+        job = asyncio.create_task(complete([make("a"), make("b"), make("c")], lambda _: None))
+        await let_run()
+        delivery.deliver([last("x", 0, "b")])
+        await let_run()
+        job.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await job
+        assert engine.cancelled == [("a", 0), ("c", 0)]
 
     asyncio.run(scene())
 

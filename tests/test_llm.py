@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from turbolm import LLM, AsyncLLM, SamplingParams
@@ -146,6 +147,28 @@ def test_requests_that_cannot_run_are_refused_with_the_numbers(null: LLM, params
     assert all(word in str(caught.value) for word in words)
 
 
+@pytest.mark.parametrize(
+    ("token_ids", "words"),
+    [
+        ([1, -2, 3], "prompt holds token id -2"),
+        ([1, 100_000, 3], "prompt holds token id 100000"),
+        ([1, 1 << 40, 3], f"prompt holds token id {1 << 40}"),
+        ([1, 2.0, 3], "prompt holds a float"),
+        ([1, "2"], "prompt holds a str"),
+    ],
+)
+def test_a_prompt_of_what_is_no_token_is_refused(null: LLM, token_ids: list, words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        null.generate(token_ids, GREEDY)
+
+
+def test_a_prompt_may_be_an_array(null: LLM) -> None:
+    found = null.generate([np.array([104, 105])], GREEDY)[0]
+    expected = null.generate([104, 105], GREEDY)[0]
+    assert found.text == expected.text
+    assert list(map(type, found.prompt_token_ids)) == [int, int]  # as an engine in another process takes them
+
+
 def test_a_prompt_beyond_the_context_is_refused_not_cut(null: LLM) -> None:
     with pytest.raises(ContextOverflowError, match=r"300 tokens.*256"):
         null.generate("x" * 300, SamplingParams())
@@ -188,6 +211,8 @@ def test_control_tokens_count_in_a_prompt_and_are_letters_in_a_message(smollm: L
 def test_messages_for_generate_are_refused(null: LLM) -> None:
     with pytest.raises(RequestError, match=r"the prompt holds a dict.*chat"):
         null.generate([[{"role": "user", "content": "hello"}]])
+    with pytest.raises(RequestError, match=r"the prompt holds a str.*chat"):
+        null.generate([{"role": "user", "content": "hello"}])
 
 
 def test_a_closed_model_gives_its_memory_back() -> None:

@@ -24,7 +24,7 @@ def answer_of(
 ) -> Output:
     """What comes of these tokens when outputs end after so many of them."""
     request = Request("r", (1, 2), params)
-    stream = AnswerStream(request, TOKENIZER, parser_for(template, tools_given=True))
+    stream = AnswerStream(request, TOKENIZER, lambda: parser_for(template, tools_given=True))
     bounds = [0, *(end for end in ends if end < len(token_ids)), len(token_ids)]
     deltas: list[Output] = []
     for start, end in itertools.pairwise(bounds):

@@ -1,20 +1,24 @@
-"""From the engine to the event loops in which its answers are awaited."""
+"""Between the engine and the event loops in which its answers are awaited: requests there, outputs back."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from operator import attrgetter
 from typing import NamedTuple, Protocol
 
 from turbolm.engine.step import SchedulerStats
 from turbolm.errors import DeadlineError, EngineError, TurbolmError
 from turbolm.stream import AnswerStream
-from turbolm.types import Output, Request
+from turbolm.types import Completion, Output, Request
 
 logger = logging.getLogger(__name__)
+
+_index = attrgetter("index")
 
 #: Takes the outputs of a request, in order, in the request's event loop. Must not raise.
 Sink = Callable[[Output], None]
@@ -32,11 +36,12 @@ class AnyEngine(Protocol):
 
 
 class _Inbox:
-    """What has come for the requests of one event loop."""
+    """What has come for the requests of one event loop, and who is about to be submitted there."""
 
     def __init__(self) -> None:
         self.steps: deque[Sequence[Output]] = deque()
         self.num_routes = 0
+        self.unsent: list[Answers] = []
 
 
 class _Route(NamedTuple):
@@ -64,7 +69,10 @@ class Delivery:
         """From now on, this event loop gets the request's outputs."""
         loop = asyncio.get_running_loop()
         self._routes[request_id] = _Route(loop, sink)
-        self._inboxes.setdefault(loop, _Inbox()).num_routes += 1
+        inbox = self._inboxes.get(loop)
+        if inbox is None:
+            inbox = self._inboxes[loop] = _Inbox()
+        inbox.num_routes += 1
 
     def close(self, request_id: str) -> None:
         """The request's outputs go nowhere. Idempotent."""
@@ -74,6 +82,15 @@ class Delivery:
             inbox.num_routes -= 1
             if not inbox.num_routes:
                 del self._inboxes[route.loop]
+
+    def submit_soon(self, answers: Answers) -> None:
+        """Submits them, which are open, with all that tasks of this event loop are about to ask for: to the engine they
+        come at once."""
+        loop = asyncio.get_running_loop()
+        unsent = self._inboxes[loop].unsent
+        unsent.append(answers)
+        if len(unsent) == 1:
+            loop.call_soon(_submit_unsent, unsent)
 
     def abandon(self, request_id: str) -> None:
         """`close`, from any thread."""
@@ -130,7 +147,7 @@ class Answers(AsyncIterator[Output]):
         self._num_open = len(requests)
         self._sink: Sink | None = None
         self._timer: asyncio.TimerHandle | None = None  # of the request's deadline
-        self._outputs: asyncio.Queue[Output] = asyncio.Queue()
+        self._outputs: asyncio.Queue[Output | Exception] | None = None  # of those that are iterated
 
     @property
     def request(self) -> Request:
@@ -144,6 +161,15 @@ class Answers(AsyncIterator[Output]):
     def begin(self, sink: Sink) -> None:
         """Starts the request: `sink` is called, in this event loop, with each output. Raises EngineError where the
         engine takes no more requests."""
+        self._open(sink)
+        try:
+            self._engine.submit(self._requests, self._deltas)
+        except TurbolmError:
+            self.end()
+            raise
+
+    def _open(self, sink: Sink) -> None:
+        """From now on `sink` is called, and time runs."""
         itself = weakref.ref(self)
 
         def take(output: Output) -> None:
@@ -151,21 +177,11 @@ class Answers(AsyncIterator[Output]):
             if answers is not None:
                 answers._take(output)
 
-        def expire() -> None:
-            answers = itself()
-            if answers is not None:
-                answers._expire()
-
         self._sink = sink
         timeout = self._requests[0].params.timeout
         if timeout is not None:
-            self._timer = asyncio.get_running_loop().call_later(timeout, expire)
+            self._timer = asyncio.get_running_loop().call_later(timeout, _expire, itself)
         self._delivery.open(self._id, take)
-        try:
-            self._engine.submit(self._requests, self._deltas)
-        except TurbolmError:
-            self.end()
-            raise
 
     def end(self) -> None:
         """No further outputs. Idempotent."""
@@ -179,20 +195,32 @@ class Answers(AsyncIterator[Output]):
         return self
 
     async def __anext__(self) -> Output:
-        if self._sink is None and self._num_open:
-            self.begin(self._outputs.put_nowait)
+        if self._outputs is None:
+            self._outputs = asyncio.Queue()
+            if self._sink is None and self._num_open:
+                self._open(self._outputs.put_nowait)
+                self._delivery.submit_soon(self)
         if not self._num_open and self._outputs.empty():
             raise StopAsyncIteration
         try:
-            return await self._outputs.get()
+            found = await self._outputs.get()
         except asyncio.CancelledError:
             self.end()
             raise
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def __del__(self) -> None:
         if self._sink is not None and self._num_open:  # in any thread
             self._delivery.abandon(self._id)
             self._cancel()
+
+    def _refuse(self, error: Exception) -> None:
+        """To whoever iterates."""
+        self.end()
+        if self._outputs is not None:
+            self._outputs.put_nowait(error)
 
     def _close(self) -> None:
         self._delivery.close(self._id)
@@ -236,3 +264,75 @@ class Answers(AsyncIterator[Output]):
         elif stream.is_stopped:
             self._engine.cancel(self._id, output.index)
         self._sink(delta)
+
+
+def _submit_unsent(unsent: list[Answers]) -> None:
+    asked = [answers for answers in unsent if answers._num_open]  # the others were cancelled meanwhile
+    unsent.clear()
+    try:
+        _submit(asked)
+    except Exception as error:  # noqa: BLE001 (raised in those who wait)
+        for answers in asked:
+            answers._refuse(error)
+
+
+def _submit(asked: Iterable[Answers]) -> None:
+    """Together, in their order."""
+    for (engine, deltas), group in itertools.groupby(asked, lambda answers: (answers._engine, answers._deltas)):
+        engine.submit([request for answers in group for request in answers._requests], deltas)
+
+
+def _expire(expired: weakref.ref[Answers]) -> None:
+    answers = expired()
+    if answers is not None:
+        answers._expire()
+
+
+async def complete(asked: Sequence[Answers], advance: Callable[[int], object]) -> list[Completion]:
+    """All answers to many requests, which reach the engine together, so that its first step is a full one. `advance`
+    is called with 1 as each request ends. Cancelling this cancels what still runs. Raises as `Answers.begin`."""
+    all_ended = asyncio.get_running_loop().create_future()
+    num_left = len(asked)
+
+    def note_end() -> None:
+        nonlocal num_left
+        num_left -= 1
+        advance(1)
+        if not num_left and not all_ended.done():
+            all_ended.set_result(None)
+
+    collectors = [_Collector(len(answers._requests), note_end) for answers in asked]
+    try:
+        for answers, collector in zip(asked, collectors, strict=True):
+            answers._open(collector.take)
+        _submit(asked)
+        if asked:
+            await all_ended
+    except BaseException:
+        for answers in asked:
+            answers.end()
+        raise
+    pairs = zip(asked, collectors, strict=True)
+    return [Completion(answers.request.prompt_token_ids, collector.outputs) for answers, collector in pairs]
+
+
+class _Collector:
+    """The answers to one request."""
+
+    __slots__ = ("_deltas", "_note_end", "_num_open", "outputs")
+
+    def __init__(self, num_answers: int, note_end: Callable[[], None]) -> None:
+        self._num_open = num_answers
+        self._note_end = note_end
+        self._deltas: list[Output] = []
+        self.outputs: tuple[Output, ...] = ()  # by index, once all have ended
+
+    def take(self, output: Output) -> None:
+        self._deltas.append(output)
+        if output.finish_reason is None:
+            return
+        self._num_open -= 1
+        if not self._num_open:
+            by_index = itertools.groupby(sorted(self._deltas, key=_index), _index)
+            self.outputs = tuple([Output.collect(deltas) for _, deltas in by_index])
+            self._note_end()

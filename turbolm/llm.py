@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
 import threading
-import uuid
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from turbolm.adapters import ServedAdapters
 from turbolm.config import DEFAULT_MODEL, EngineConfig, ResolvedConfig
-from turbolm.delivery import Answers, Delivery
+from turbolm.delivery import Answers, Delivery, complete
 from turbolm.embedding import Embedding
 from turbolm.engine.engine import Engine
 from turbolm.engine.step import SchedulerStats
 from turbolm.errors import EngineError, RequestError
 from turbolm.form import Grammar
 from turbolm.lora import adapter_sources
-from turbolm.progress import count_bar
+from turbolm.progress import Advance, count_bar
 from turbolm.prompt import (
     ChatOptions,
     Message,
@@ -288,7 +288,7 @@ class AsyncLLM:
             params = replace(params, grammar=replace(params.grammar, thoughts=prompt.thoughts))
             eos_token_ids = eos_token_ids or self.tokenizer.eos_ids  # of the null model, whose answers never end
         first = Request(
-            id=uuid.uuid4().hex,
+            id=os.urandom(16).hex(),
             prompt_token_ids=prompt.token_ids,
             params=params,
             priority=priority,
@@ -298,9 +298,9 @@ class AsyncLLM:
             eos_token_ids=eos_token_ids,
             bad_words_ids=bad_words_ids(self.tokenizer, params.bad_words),
         )
-        requests = [replace(first, index=index) for index in range(params.n)]
+        requests = [first, *(replace(first, index=index) for index in range(1, params.n))]
         streams = [
-            AnswerStream(request, self.tokenizer, prompt.parser(), is_continuation=prompt.is_continuation)
+            AnswerStream(request, self.tokenizer, prompt.parser, is_continuation=prompt.is_continuation)
             for request in requests
         ]
         deltas = deltas or bool(params.stop)  # stop strings show as the text grows
@@ -468,31 +468,28 @@ class LLM:
 
     def _complete(self, prompts: Sequence[Prompt], params: Params, adapter: str | None) -> list[Completion]:
         self._check_open()
-        asked = list(zip(prompts, one_each(params, len(prompts)), strict=True))
-        streams = [self._llm._submit(prompt, own, deltas=False, adapter=adapter) for prompt, own in asked]
-
-        async def one(prompt: Prompt, stream: AsyncIterator[Output]) -> Completion:
-            deltas: dict[int, list[Output]] = {}
-            async for delta in stream:
-                deltas.setdefault(delta.index, []).append(delta)
-            return Completion(prompt.token_ids, tuple(Output.collect(deltas[index]) for index in sorted(deltas)))
-
-        jobs = [one(prompt, stream) for prompt, stream in zip(prompts, streams, strict=True)]
-        return self._gather(jobs, "generating")
+        own = one_each(params, len(prompts))
+        pairs = zip(prompts, own, strict=True)
+        asked = [self._llm._submit(prompt, of, deltas=False, adapter=adapter) for prompt, of in pairs]
+        return self._wait(lambda advance: complete(asked, advance), len(asked), "generating")
 
     def _gather(self, jobs: Sequence[Coroutine[Any, Any, T]], title: str = "") -> list[T]:
-        """Run coroutines together on the engine's loop, and wait, with a progress bar; ctrl-C cancels them."""
-        with count_bar(title, len(jobs), self._show) as advance:
+        """Run coroutines together on the engine's loop, and wait."""
 
+        async def run(advance: Advance) -> list[T]:
             async def one(job: Coroutine[Any, Any, T]) -> T:
                 result = await job
                 advance(1)
                 return result
 
-            async def run() -> list[T]:
-                return list(await asyncio.gather(*(one(job) for job in jobs)))
+            return list(await asyncio.gather(*(one(job) for job in jobs)))
 
-            future = asyncio.run_coroutine_threadsafe(run(), self._loop)
+        return self._wait(run, len(jobs), title)
+
+    def _wait(self, job: Callable[[Advance], Coroutine[Any, Any, T]], count: int, title: str) -> T:
+        """Run a coroutine on the engine's loop, and wait, with a progress bar to `count`; ctrl-C cancels it."""
+        with count_bar(title, count, self._show) as advance:
+            future = asyncio.run_coroutine_threadsafe(job(advance), self._loop)
             try:
                 return future.result()
             except BaseException:

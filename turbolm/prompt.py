@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from turbolm.errors import ContextOverflowError, RequestError, nearest
 from turbolm.form import Grammar
@@ -57,15 +60,9 @@ class Prompt:
 def plain_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> Prompt:
     """A text, or token ids, that the answer continues. Control tokens spelled in the text are control tokens: who
     writes a whole prompt may have applied a template. (Those in messages are letters.)"""
-    if isinstance(prompt, str):
-        token_ids: Sequence[int] = tokenizer.encode(prompt, parse_special=True)
-    else:
-        token_ids = prompt
-        for kind in set(map(type, prompt)):
-            if not issubclass(kind, numbers.Integral):
-                raise RequestError(
-                    f"the prompt holds a {kind.__name__}: give a text or token ids; messages are for chat", "prompt"
-                )
+    token_ids = tokenizer.encode(prompt, parse_special=True) if isinstance(prompt, str) else prompt
+    if isinstance(next(iter(token_ids), None), np.integer):
+        token_ids = np.asarray(token_ids).tolist()
     return Prompt(tuple(token_ids), PartParser, is_continuation=True)
 
 
@@ -94,7 +91,7 @@ def chat_prompt(
 def check_limits(
     token_ids: Sequence[int], params: SamplingParams, max_context: int, vocab_size: int, *, has_answer: bool
 ) -> None:
-    """Raises RequestError for what the model's context and vocabulary don't allow."""
+    """Raises RequestError for what is no token id, and for what the model's context and vocabulary don't allow."""
     num_prompt = len(token_ids)
     wanted = 1 if params.max_tokens is None else params.max_tokens
     if not has_answer and num_prompt > max_context:
@@ -109,12 +106,27 @@ def check_limits(
             "Shorten the prompt, lower max_tokens or raise max_context",
             "prompt",
         )
-    for name, ids in (
-        ("prompt", token_ids), ("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids),
-    ):  # fmt: skip
-        for token in ids:
-            if not 0 <= token < vocab_size:
-                raise RequestError(f"{name} holds token id {token}; the vocabulary is 0 to {vocab_size - 1}", name)
+    _check_ids("prompt", token_ids, vocab_size)
+    if params.logit_bias:
+        _check_ids("logit_bias", params.logit_bias, vocab_size)
+    if params.stop_token_ids:
+        _check_ids("stop_token_ids", params.stop_token_ids, vocab_size)
+
+
+def _check_ids(name: str, ids: Collection[int], vocab_size: int) -> None:
+    """Hundreds of prompts may come at once, so it's done in passes of C code: 2 of them."""
+    kind = type(next(iter(ids), 0))
+    try:
+        found = np.frombuffer(array("I", ids), np.uint32)
+    except OverflowError:
+        found = None
+    except TypeError:
+        kind = next((type(token) for token in ids if not isinstance(token, numbers.Integral)), kind)
+    if not issubclass(kind, numbers.Integral):
+        raise RequestError(f"the {name} holds a {kind.__name__}: give a text or token ids; messages are for chat", name)
+    if found is None or (len(found) and np.maximum.reduce(found) >= vocab_size):
+        token = next(token for token in ids if not 0 <= token < vocab_size)
+        raise RequestError(f"{name} holds token id {token}; the vocabulary is 0 to {vocab_size - 1}", name)
 
 
 def constrained(
@@ -186,6 +198,8 @@ def _check_names(given: Mapping[str, Any], known: set[str], where: str) -> None:
 
 def bad_words_ids(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """Each word as it's tokenized at the start of a text and after a space."""
+    if not words:
+        return ()
     variants = (tokenizer.encode(p + w, add_special=False) for w in words for p in ("", " "))
     return tuple(dict.fromkeys(tuple(ids) for ids in variants if ids))
 

@@ -354,6 +354,8 @@ class Output(NamedTuple):
         """All deltas of one request as one output; neighbouring parts of a kind are joined."""
         items = list(deltas)
         last = items[-1]
+        if len(items) == 1 and len(last.parts) < 2:
+            return last
         return Output(
             request_id=last.request_id,
             index=last.index,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import gc
 import threading
 import time
 
@@ -240,6 +241,35 @@ def test_closing_ends_what_is_left(runner: CountingRunner) -> None:
     assert scheduler.stats.num_used_blocks == 0
     with pytest.raises(EngineError, match="closed"):
         subject.submit([request("late")])
+
+
+@pytest.mark.parametrize("own", [(0, 10, 10), (50_000, 5, 100)])
+def test_a_program_may_look_for_garbage_less_often(own: tuple[int, int, int]) -> None:
+    before = gc.get_threshold()
+    try:
+        gc.set_threshold(*own)
+        engine(CountingRunner(1), Sink())[0].close()
+        assert gc.get_threshold()[0] == own[0]
+        assert gc.get_threshold()[2] == own[2]
+    finally:
+        gc.set_threshold(*before)
+
+
+def test_hundreds_of_sequences_at_work_set_off_no_search_of_all_objects() -> None:
+    before = gc.get_threshold()
+    try:
+        gc.set_threshold(700, 10, 10)
+        runner, sink = CountingRunner(2), Sink()
+        subject = Engine(Scheduler(4000, 4, 400, 4000, 64, 400), runner, sink)
+        searches = [generation["collections"] for generation in gc.get_stats()]
+        subject.submit([Request(str(number), (1, 2), SamplingParams(max_tokens=40)) for number in range(400)], False)
+        for _ in range(400):
+            assert sink.final.acquire(timeout=30)
+        assert gc.get_stats()[2]["collections"] == searches[2]
+        assert gc.get_stats()[0]["collections"] < searches[0] + 10
+        subject.close()
+    finally:
+        gc.set_threshold(*before)
 
 
 def test_an_idle_engine_uses_no_processor_time() -> None:

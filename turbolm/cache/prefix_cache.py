@@ -23,7 +23,7 @@ class BlockKeys:
         """`token_ids` is read later: it may grow, but what it holds must not change. `adapter`: by its `repr`."""
         self._token_ids = token_ids
         self._block_size = block_size
-        self._start = hashlib.sha256(repr((tenant, adapter)).encode()).digest()
+        self._start = tenant, adapter
         self._keys: list[bytes] = []
 
     def __getitem__(self, index: int) -> bytes:
@@ -33,7 +33,8 @@ class BlockKeys:
             first = len(keys) * size
             tokens = array("q", self._token_ids[first : first + size])
             assert len(tokens) == size, f"block {len(keys)} is not full"
-            keys.append(hashlib.sha256((keys[-1] if keys else self._start) + tokens.tobytes()).digest())
+            before = keys[-1] if keys else hashlib.sha256(repr(self._start).encode()).digest()
+            keys.append(hashlib.sha256(before + tokens.tobytes()).digest())
         return keys[index]
 
 

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SWITCH_INTERVAL = 0.0005  # seconds for which other threads' Python code may hold up a step; Python's default is 0.005
+# When garbage is looked for. By Python's defaults (700, 10, 10), hundreds of sequences at work make it look through all
+# objects there are, 0.1 s with PyTorch's, every few hundred steps. A step hardly ever makes a cycle.
+_COLLECTION = (20_000, 20, 20)
 
 #: Receives the outputs of a step, in order. Called in the engine's thread: must not block or raise.
 Deliver = Callable[[Sequence[Output]], None]
@@ -169,6 +172,8 @@ class Engine:
 
     def _loop(self) -> None:
         sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_INTERVAL))
+        if gc.get_threshold()[0]:  # else it's switched off
+            gc.set_threshold(*map(max, gc.get_threshold(), _COLLECTION))
         while self._take_in():
             is_full = len(self._in_flight) >= self._runner.depth
             step = None if is_full else self._scheduler.next_batch()

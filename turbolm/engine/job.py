@@ -29,7 +29,7 @@ class Job:
         """`number`: how many came before. `deltas`: what each step yields goes out at once."""
         request = sequence.request
         params = request.params
-        num_prompt = sequence.num_prompt
+        num_prompt = len(sequence.token_ids)
         self.sequence = sequence
         self.block_size = block_size
         self.drafter = drafter
@@ -74,7 +74,9 @@ class Job:
     @property
     def num_wanted(self) -> int:
         """Blocks that it lacks for the tokens it has, and one to grow. (It may have more, for drafts.)"""
-        return max(0, min(self.num_needed + 1, self.max_blocks) - len(self.sequence.blocks))
+        sequence = self.sequence  # (written out: it's asked of all that run, while others wait)
+        num_needed = -(-max(len(sequence.token_ids), self.num_scheduled) // self.block_size)
+        return max(0, min(num_needed + 1, self.max_blocks) - len(sequence.blocks))
 
     @property
     def num_draftable(self) -> int:

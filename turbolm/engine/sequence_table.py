@@ -11,6 +11,8 @@ from turbolm.engine.sampler import is_adjusted, is_chosen_alone
 from turbolm.engine.step import ScheduledSequence
 from turbolm.types import Sequence, SequenceState
 
+_MAX_INT = (1 << 31) - 1
+
 
 class SequenceTable:
     """One row per sequence. A row is found by the sequence, and given away once that is finished."""
@@ -62,7 +64,7 @@ class SequenceTable:
         self.num_prompt[row] = sequence.num_prompt
         self.key[row] = stream_key(request)
         self.temperature[row] = params.temperature
-        self.top_k[row] = min(params.top_k, np.iinfo(np.int32).max)
+        self.top_k[row] = min(params.top_k, _MAX_INT)
         self.top_p[row] = params.top_p
         self.min_p[row] = params.min_p
         self.has_filters[row] = params.top_k > 0 or params.top_p < 1 or params.min_p > 0

@@ -40,7 +40,9 @@ class Detokenizer:
         looks for. `is_continuation`: the text goes on right after earlier text, so that the space
         with which SentencePiece begins a word is kept at the start too."""
         self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids.difference(keep_ids) if skip_special else frozenset()
+        kept = frozenset(keep_ids)
+        skipped = tokenizer.special_ids if skip_special else frozenset()
+        self._skipped = skipped - kept if kept else skipped
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._is_first = not is_continuation
 

@@ -77,6 +77,8 @@ class PartParser:
         self._parts: list[Part] = []
         # Set while all text so far is handed out: the kind of part that further text is, unless this is found in it.
         self._passing: tuple[type[TextPart] | type[ReasoningPart], re.Pattern[str]] | None = None
+        if tool_format is None and reasoning_format is None:
+            self._passing = (TextPart, _NOTHING)
         self._steps = self._read_answer()
 
     @property
@@ -101,6 +103,8 @@ class PartParser:
     def finish(self) -> tuple[Part, ...]:
         """What was held back."""
         self._scan.is_ended = True
+        if self._passing is not None and self._passing[1] is _NOTHING:
+            return ()
         return self._advance()
 
     def _advance(self) -> tuple[Part, ...]:

@@ -75,8 +75,9 @@ class Ledger:
     def add(self, requests: Sequence[Request], deltas: bool) -> None:
         """Raises RequestError where a request's (id, index) is in use; then none is added."""
         keys = [(request.id, request.index) for request in requests]
+        is_unique = len(set(keys)) == len(keys)
         for key in keys:
-            if key in self._numbers or keys.count(key) > 1:
+            if key in self._numbers or (not is_unique and keys.count(key) > 1):
                 raise RequestError(f"request '{key[0]}' (answer {key[1]}) is already in work: use another id")
         for key, request in zip(keys, requests, strict=True):
             entry = self._entries[self._next] = Entry(self._next, request, deltas)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import gc
+import itertools
 import logging
 import os
 import signal
@@ -123,10 +124,12 @@ class Process:
             messages = self._receive(PULSE_SECONDS if is_warm else PULSE_SECONDS / 10)
 
     def _submit(self, engine: Engine, packed: wire.Message) -> None:
-        for number, fields, deltas in packed:
-            request = wire.unpack_request(fields)
-            self._numbers[request.id, request.index] = number
-            engine.submit([request], deltas)
+        for deltas, rows in itertools.groupby(packed, lambda row: row[2]):
+            requests = []
+            for number, fields, _ in rows:
+                requests.append(request := wire.unpack_request(fields))
+                self._numbers[request.id, request.index] = number
+            engine.submit(requests, deltas)
 
     def _adapt(self, engine: Engine, number: int, name: str, source: str | None) -> None:
         try:

@@ -294,6 +294,15 @@ def wide_layer(x: dict[str, Tensor], layer: dict[str, Int4Linear]) -> None:
             wide.wide_linear(x[name], product.matrix, None, out)
 
 
+def model_layer(x: dict[str, Tensor], layer: dict[str, Int4Linear]) -> None:
+    """By the kernels that a model's step chooses."""
+    for name, product in layer.items():
+        if name == "gate_up":
+            product.gated(x[name], "silu")
+        else:
+            product.parts(x[name])
+
+
 def unpack_layer(x: dict[str, Tensor], layer: dict[str, Int4Linear], num_bytes: int) -> None:
     weights._UNPACKED_BYTES = num_bytes
     for name, product in layer.items():
@@ -336,6 +345,8 @@ def time_step(
             work = lambda layer, p=plans, o=overlap: ring_layer(x, matrices_of(layer), p, o)  # noqa: E731
             measure(label, work)
     measure("wide", lambda layer: wide_layer(x, layer))
+    if layers[0]["qkv"].is_deferred(t):
+        measure("as a model", lambda layer: model_layer(x, layer))
     if t >= 512:
         for megabytes in (64, 256):
             measure(f"unpack {megabytes}M", lambda layer, b=megabytes << 20: unpack_layer(x, layer, b))

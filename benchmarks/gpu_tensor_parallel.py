@@ -5,6 +5,7 @@ python benchmarks/gpu_tensor_parallel.py --gpus 2 --out DIR [--models DIR] [--se
 Parts, each in processes of its own with a time limit; where one runs out, all its processes print their stacks:
 sums       sums over ranks with residual and norm, and choosing tokens: each way, checked and timed in CUDA graphs
 parity     greedy answers, log-probabilities and perplexity of a tiny model beside float32 on the CPU
+features   drafts, penalties, an adapter and `deterministic` beside one GPU's answers (gpu_parallel_features.py)
 8b, 70b    the decode and ShareGPT-like workloads of gpu_workloads.py, 256 tokens out, sampled at temperature 1
 """
 
@@ -285,9 +286,12 @@ def run_all(options: argparse.Namespace) -> None:
     own = [*me, "--out", str(options.out), "--engine", options.engine, "--device", options.device]
     parity = [sys.executable, str(FOLDER / "gpu_parity.py"), "tiny", "--dtype", "bfloat16", "--prompts", "32"]
     parity += ["--json", str(options.out / "parity.json"), "-o", f"tensor_parallel={options.gpus}"]
+    features = [sys.executable, str(FOLDER / "gpu_parallel_features.py"), "--gpus", str(options.gpus)]
+    features += ["--json", str(options.out / "features.json")]
     parts = {
         "sums": ([*own, "--part", "sums"], 90.0),
         "parity": (parity, 120.0),
+        "features": (features, 240.0),
         "8b": ([*own, "--part", "llama-3-8b", "--seconds", "120"], 240.0),
     }
     if options.gpus >= 4:
@@ -307,7 +311,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--models", type=Path, default=Path("/dev/shm/turbolm-models"), metavar="DIR")
     parser.add_argument("--seconds", type=float, default=420)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="sums, parity, 8b, 70b")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="sums, parity, features, 8b, 70b")
     parser.add_argument("--greedy", action="store_true")
     parser.add_argument("--engine", default="{}", metavar="JSON", help="fields of EngineConfig")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="cpu: to try the script")

@@ -44,7 +44,9 @@ LATE = {
     "cli/serve.py": {"turbolm.server.run"},
     "cli/ui.py": {"turbolm.llm", "turbolm.ui.app", "turbolm.ui.chat"},
     "llm.py": {"turbolm.loading"},
-    "ops/select.py": {f"turbolm.ops.cuda.{name}" for name in ("deterministic", "ops", "sharded", "stored")},
+    "ops/select.py": {
+        f"turbolm.ops.cuda.{name}" for name in ("deterministic", "ops", "sharded", "sharded_deterministic", "stored")
+    },
     "parallel/peers.py": {"torch.distributed"},
 }
 

@@ -83,10 +83,10 @@ def test_speculation_is_on_where_it_pays_and_says_why() -> None:
     assert not resolve(EngineConfig(), SMALL, SERVER).speculation
     assert resolve(EngineConfig(speculation="on"), SMALL, SERVER).speculation
     two = replace(SERVER, gpus=SERVER.gpus * 2)
-    for options, hardware in (({"tensor_parallel": 2}, two), ({"kernels": "reference"}, LAPTOP)):
-        found = resolve(EngineConfig(**options), SMALL, hardware)
-        assert not found.speculation
-        assert any("speculation off: " in reason for reason in found.reasons)
+    assert resolve(EngineConfig(speculation="on", tensor_parallel=2), SMALL, two).speculation
+    found = resolve(EngineConfig(kernels="reference"), SMALL, LAPTOP)
+    assert not found.speculation
+    assert any("speculation off: " in reason for reason in found.reasons)
 
 
 def test_a_draft_model_takes_its_part_of_the_memory() -> None:
@@ -101,10 +101,21 @@ def test_a_draft_model_takes_its_part_of_the_memory() -> None:
     for options, words in (
         ({"speculation": "off"}, "speculation is 'off'"),
         ({"kernels": "reference"}, "checks no drafts"),
-        ({"tensor_parallel": 2}, "one GPU"),
     ):
         with pytest.raises(ConfigError, match=words):
             resolve(EngineConfig(**options), LARGE, two, SMALL)
+
+
+def test_a_draft_model_lies_on_the_first_of_several_gpus() -> None:
+    """So another one may have as much less memory as the draft model takes there, and no more."""
+    draft = replace(SMALL, num_parameters=4 * 10**9)
+
+    def tokens(first: int, second: int) -> int:
+        gpus = tuple(replace(SERVER.gpus[0], free_memory=free * GIB) for free in (first, second))
+        return resolve(EngineConfig(tensor_parallel=2), LARGE, replace(SERVER, gpus=gpus), draft).pool_tokens
+
+    assert tokens(100, 100) == tokens(100, 94) > tokens(100, 80)
+    assert tokens(100, 100) > tokens(94, 100)
 
 
 def test_deterministic_is_had_where_kernels_can_and_refused_elsewhere() -> None:
@@ -115,11 +126,11 @@ def test_deterministic_is_had_where_kernels_can_and_refused_elsewhere() -> None:
     two = replace(SERVER, gpus=SERVER.gpus * 2)
     for changed, words in (
         ({"kernels": "reference"}, "kernels 'reference'"),
-        ({"tensor_parallel": 2}, "one GPU"),
         ({"kv": "int8"}, "kv 'auto'"),
     ):
         with pytest.raises(ConfigError, match=words):
             resolve(EngineConfig.of(always, **changed), LARGE, two)
+    assert resolve(EngineConfig.of(always, tensor_parallel=2), LARGE, two).deterministic
     assert resolve(EngineConfig.of(always, kv="int8"), SMALL, LAPTOP).deterministic
 
 

@@ -313,14 +313,15 @@ def resolve(
     weights = weight_bytes(model, backend.device, backend.dtype, unpack=backend.unpack, rounded=config.weights)
     limits = step_limits(config.max_batch_size, config.max_batch_tokens, backend.device)
     _check_tensor_parallel(config, backend, hardware, reasons)
-    free = hardware.free_memory
-    if not on_cpu:
-        free = min(gpu.free_memory for gpu in hardware.gpus[: config.tensor_parallel])
     size = config.tensor_parallel
     working = working_memory(model, backend.device, backend.dtype, limits, size).total
     rank = config.max_adapter_rank
-    adapters = adapter_bytes(config.max_adapters, rank, size, model, backend.dtype)
+    adapters = adapter_bytes(config.max_adapters, rank, model, backend.dtype)
     draft = draft_needs(config, backend, draft_model, limits, reasons)
+    free = hardware.free_memory
+    if not on_cpu:  # a draft model is on the first GPU alone
+        own, *others = (gpu.free_memory for gpu in hardware.gpus[:size])
+        free = min([own, *(other + draft.weights + draft.working for other in others)])
     left = free - weights - working - adapters - draft.weights - draft.working
     if left <= 0:
         raise CapacityError(
@@ -415,11 +416,6 @@ def _check_deterministic(config: EngineConfig, backend: Backend, kv: KvFormat, r
         raise ConfigError(
             "deterministic needs turbolm's own kernels: plain PyTorch (kernels 'reference') rounds differently for "
             "different numbers of rows"
-        )
-    if backend.device == "cuda" and config.tensor_parallel > 1:
-        raise ConfigError(
-            f"deterministic works on one GPU, and tensor_parallel is {config.tensor_parallel}: sums over several round "
-            "by their number of rows"
         )
     if backend.device == "cuda" and kv.kinds != {backend.dtype}:
         raise ConfigError(

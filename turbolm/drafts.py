@@ -29,13 +29,13 @@ class DraftNeeds:
 def draft_needs(
     config: EngineConfig, backend: Backend, draft: ModelNeeds | None, limits: StepLimits, reasons: list[str]
 ) -> DraftNeeds:
-    """Its KV cache is not quantized. Raises ConfigError where there can be no draft model."""
+    """Its KV cache is not quantized. Of several GPUs the first one has all of it. Raises ConfigError where there can be
+    no draft model."""
     if draft is None:
         return DraftNeeds()
     for is_wrong, why in (
         (config.speculation == "off", "speculation is 'off'"),
         (backend.kernels != "native", "kernels is 'reference', which checks no drafts"),
-        (config.tensor_parallel > 1, f"tensor_parallel is {config.tensor_parallel}, and drafts are for one GPU"),
     ):
         if is_wrong:
             raise ConfigError(f"draft_model is {draft.name!r}, but {why}: change one of them")
@@ -54,7 +54,7 @@ def has_speculation(config: EngineConfig, backend: Backend, reasons: list[str]) 
     Raises ConfigError where they are asked for and can't be."""
     if config.speculation == "off":
         return False
-    if backend.kernels != "native" or config.tensor_parallel > 1:
+    if backend.kernels != "native":
         why = "these kernels round differently when they compute several tokens at once"
         if config.speculation == "on":
             raise ConfigError(f"speculation is 'on', but {why}; use 'auto' or 'off'")

@@ -50,12 +50,7 @@ def check_room(max_adapters: int, max_rank: int, num_given: int) -> None:
         raise ConfigError(f"max_adapters is {max_adapters}, and {num_given} are given; raise it")
 
 
-def adapter_bytes(max_adapters: int, max_rank: int, tensor_parallel: int, model: ModelNeeds, dtype: str) -> int:
-    """Memory for so many; `dtype`: of activations. Raises ConfigError where there can be none."""
-    if max_adapters and tensor_parallel > 1:
-        raise ConfigError(
-            f"adapters work on one device, and tensor_parallel is {tensor_parallel}; use 1, or merge the adapter into "
-            "the model's weights"
-        )
+def adapter_bytes(max_adapters: int, max_rank: int, model: ModelNeeds, dtype: str) -> int:
+    """Memory for so many; `dtype`: of activations."""
     padded = -(-max_rank // RANK_STEP) * RANK_STEP
     return max_adapters * padded * model.adapter_elements * ITEM_BYTES[dtype]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -15,6 +16,7 @@ from tiny import TINY_MODELS
 from turbolm.engine.batch import StepArrays
 from turbolm.engine.device_runner import DeviceRunner
 from turbolm.engine.graph import DecodeGraphs, GraphKey
+from turbolm.engine.ranks import StepOrder
 from turbolm.engine.runner import Runner
 from turbolm.engine.scheduler import Scheduler
 from turbolm.engine.speculative import Costs, PromptLookup
@@ -79,37 +81,71 @@ class ReplayedGraphs(DecodeGraphs):
         return self._forward(batch)
 
 
+def device_of(model: Decoder, forward: Any, max_shared_rows: int, **options: Any) -> StepDevice:
+    with mock.patch.multiple(torch.cuda, graph_pool_handle=mock.DEFAULT, Stream=mock.DEFAULT):
+        graphs = ReplayedGraphs(forward, Limits(), BLOCK, CPU, max_shared_rows=max_shared_rows)
+    graphs.capture_all()
+    return StepDevice(
+        forward, graphs, CPU, **({"sample_rows": sample_rows} | options), resolve_tokens=resolve_tokens, adjust=adjust,
+        counts_shape=(NUM_SLOTS, 96),
+    )  # fmt: skip
+
+
+def forward_of(model: Decoder, num_blocks: int) -> Any:
+    # The reference stores what has slot -1 in the last slot of all.
+    caches = cache_spec(model.spec, KvFormat.both("float32")).allocate(num_blocks + 1, BLOCK, CPU)
+    return lambda batch: model.forward(batch, caches)
+
+
+class Rank:
+    """Of ranks that have the whole model each. As `Followers`: another rank, to which steps go as bytes."""
+
+    def __init__(self, model: Decoder, num_blocks: int) -> None:
+        plain, self.tokens = forward_of(model, num_blocks), []
+        logits = torch.empty(64, 96)
+
+        def forward(batch: Any) -> torch.Tensor:
+            found = plain(batch)
+            return logits[: len(found)].copy_(found)
+
+        def sample_shared(own: torch.Tensor, *columns: Any) -> torch.Tensor:
+            assert own.data_ptr() == logits.data_ptr(), "other ranks look for them there"
+            self.tokens.append(sample_rows(own, *columns))
+            return self.tokens[-1]
+
+        self.device = device_of(model, forward, 64, sample_rows=sample_shared, gather_logits=lambda own: own)
+
+    def step(self, *order: Any) -> None:
+        self.device.compute(*StepOrder.decode(memoryview(b"".join(StepOrder(*order).encode()))))
+
+    def check(self, seconds: float) -> None:
+        """It is not lost."""
+
+    def watching(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
 def run(
     model: Decoder,
     requests: Iterable[Request],
     overlapped: bool,
     drafter: Any = None,
     max_shared_rows: int = 16,
+    ranks: list[Rank] | None = None,
     **limits: int,
 ) -> dict[str, Output]:
+    """`ranks`: two, of which the first one leads."""
     sizes = {"num_blocks": 64, "max_batch_size": 16, "max_batch_tokens": 64} | limits
-    # The reference stores what has slot -1 in the last slot of all.
-    caches = cache_spec(model.spec, KvFormat.both("float32")).allocate(sizes["num_blocks"] + 1, BLOCK, CPU)
     scheduler = Scheduler(
         block_size=BLOCK, max_context=64, max_waiting=100, max_logit_rows=64, drafter=drafter, **sizes
     )
 
-    def forward(batch: object) -> torch.Tensor:
-        return model.forward(batch, caches)
-
-    with mock.patch.multiple(torch.cuda, graph_pool_handle=mock.DEFAULT, Stream=mock.DEFAULT):
-        graphs = ReplayedGraphs(forward, Limits(), BLOCK, CPU, max_shared_rows=max_shared_rows)
-    graphs.capture_all()
-    runner = (
-        DeviceRunner(
-            StepDevice(forward, graphs, CPU, sample_rows, resolve_tokens, adjust=adjust, counts_shape=(NUM_SLOTS, 96)),
-            Limits(),
-            BLOCK,
-            96,
-        )
-        if overlapped
-        else Runner(forward, BLOCK, CPU, 96)
-    )
+    forward = forward_of(model, sizes["num_blocks"])
+    runner: Runner | DeviceRunner = Runner(forward, BLOCK, CPU, 96)
+    if ranks is not None:
+        runner = DeviceRunner(ranks[0].device, Limits(), BLOCK, 96, cast(Any, ranks[1]))
+    elif overlapped:
+        runner = DeviceRunner(device_of(model, forward, max_shared_rows), Limits(), BLOCK, 96)
     for request in requests:
         scheduler.add(request)
     deltas: dict[str, list[Output]] = {}
@@ -224,3 +260,22 @@ def test_requests_of_all_kinds_share_steps(model: Decoder) -> None:
     assert {key: output.token_ids for key, output in found.items()} == {
         key: output.token_ids for key, output in plain.items()
     }
+
+
+@pytest.mark.parametrize("drafter", [None, partial(PromptLookup, costs=Costs(0.01))], ids=["plain", "drafts"])
+def test_other_ranks_choose_the_same_tokens_at_the_same_steps(model: Decoder, drafter: Any) -> None:
+    """Small steps with prompts, drafts and adjustments among them; the host chooses in between."""
+    items = [
+        Request(f"{name}-{request.id}", request.prompt_token_ids, request.params, bad_words_ids=request.bad_words_ids)
+        for name in ("greedy", "penalties", "bans", "bad words", "logprobs")
+        for request in requests(**dict(VARIANTS[name]))[:5]
+    ]
+    items += [Request(f"again {i}", (3, 4, 5, 6) * i, SamplingParams(temperature=0, max_tokens=20)) for i in (2, 4)]
+    ranks = [Rank(model, 64) for _ in range(2)]
+    plain, found = run(model, items, False), run(model, items, True, drafter, ranks=ranks)
+    assert {key: output.token_ids for key, output in found.items()} == {
+        key: output.token_ids for key, output in plain.items()
+    }
+    leading, other = ranks
+    assert len(leading.tokens) == len(other.tokens) > 10 and all(map(torch.equal, leading.tokens, other.tokens))
+    assert leading.device.num_replays == other.device.num_replays > 10

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from turbolm.config import EngineConfig, Gpu, Hardware, ResolvedConfig, resolve
+from turbolm.engine.adjustments import HostAdjustments
 from turbolm.engine.batch import StepArrays, lay_out
 from turbolm.engine.ranks import LoadOrder, StepOrder
 from turbolm.engine.step import ScheduledSequence, Step
@@ -17,6 +18,7 @@ from turbolm.engine.step_device import Draws
 from turbolm.errors import ConfigError
 from turbolm.kv import KvShape
 from turbolm.memory import ModelNeeds
+from turbolm.ops.adjustments import FLOATS
 from turbolm.types import Request, Sequence
 
 
@@ -31,30 +33,43 @@ def arrays_of(chunks: list[tuple[int, int]], block_size: int, wanted: bool) -> S
     return lay_out(Step(tuple(items), sum(count for _, count in chunks)), block_size, rows)
 
 
+def changes(rng: np.random.Generator, num_rows: int, num_drafts: int) -> HostAdjustments:
+    """Of so many rows."""
+    sizes = dict.fromkeys(HostAdjustments._fields, 3) | dict.fromkeys(("repetition", "presence", "frequency"), num_rows)
+    arrays = {
+        name: rng.integers(-9, 99, size).astype(np.float32 if name in FLOATS else np.int32)
+        for name, size in sizes.items()
+    }
+    drafts = rng.integers(-1, 99, (num_rows, num_drafts)).astype(np.int32)
+    return HostAdjustments(**(arrays | {"slots": arrays["slots"][:0], "drafts": drafts, "cleared": [5, 2]}))
+
+
+def is_same(sent: object, found: object) -> bool:
+    """With the types and shapes of arrays."""
+    if isinstance(sent, np.ndarray):
+        return isinstance(found, np.ndarray) and sent.dtype == found.dtype and np.array_equal(sent, found)
+    if isinstance(sent, tuple | list):
+        return type(sent) is type(found) and len(sent) == len(found) and all(map(is_same, sent, found))
+    return sent == found
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 40), st.integers(1, 20)), min_size=1, max_size=9),
-    st.sampled_from([8, 16]), st.booleans(), st.booleans(), st.booleans(), st.booleans(),
+    st.sampled_from([8, 16]), st.data(),
 )  # fmt: skip
-def test_a_step_arrives_as_sent(
-    chunks: list[tuple[int, int]], block_size: int, wanted: bool, draws: bool, has_filters: bool, gathers: bool
-) -> None:
-    arrays = arrays_of(chunks, block_size, wanted)
+def test_a_step_arrives_as_sent(chunks: list[tuple[int, int]], block_size: int, data: st.DataObject) -> None:
+    wanted, has_filters, gathers, shares_context, has_adapters = (data.draw(st.booleans()) for _ in range(5))
+    arrays = arrays_of(chunks, block_size, wanted)._replace(shares_context=shares_context)
     count, rng = len(chunks), np.random.default_rng(len(chunks))
+    if has_adapters:
+        arrays = arrays._replace(adapters=rng.integers(-1, 3, len(arrays.token_ids)).astype(np.int32))
     columns = [rng.random(count), *(rng.random(count).astype(np.float32) for _ in range(3))]
-    sent = Draws(*columns, rng.integers(0, 99, count).astype(np.int32), has_filters) if draws else None
-    body = b"".join(StepOrder(arrays, sent, gathers).encode())
-    found = StepOrder.decode(memoryview(body))
-    for name, array in arrays._asdict().items():
-        there = getattr(found.arrays, name)
-        if isinstance(array, np.ndarray):
-            assert array.dtype == there.dtype and array.shape == there.shape
-            assert (array == there).all()
-        else:
-            assert array == there
-    assert found.gathers == gathers and (found.draws is None) == (sent is None)
-    if sent is not None:
-        assert found.draws.has_filters == has_filters
-        assert all((a == b).all() and a.dtype == b.dtype for a, b in zip(sent[:5], found.draws[:5], strict=True))
+    draws = Draws(*columns, rng.integers(0, 99, count).astype(np.int32), has_filters)
+    pools = data.draw(st.none() | st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=3))
+    adjustments = data.draw(st.none() | st.builds(changes, st.just(rng), st.just(count), st.integers(0, 2)))
+    sent = StepOrder(arrays, draws if data.draw(st.booleans()) else None, gathers, pools, adjustments)
+    body = b"".join(sent.encode())
+    assert is_same(sent, StepOrder.decode(memoryview(body)))
 
 
 def resolved(**options: object) -> ResolvedConfig:

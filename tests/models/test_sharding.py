@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from adapter_files import PROJECTIONS, save_random_adapter
 from safetensors.torch import load_file, save_file
 from thread_group import ThreadGroup, on_all_ranks
 from tiny import TINY_MODELS, Tiny, save_as_internlm2
@@ -15,9 +17,11 @@ from turbolm.engine.batch import StepArrays, lay_out
 from turbolm.engine.step import ScheduledSequence, Step
 from turbolm.errors import CheckpointError, ConfigError
 from turbolm.kv import KvFormat
+from turbolm.models.adapters import AdaptedDecoder
 from turbolm.models.checkpoint import open_checkpoint
 from turbolm.models.decoder import cache_spec, load_decoder
 from turbolm.models.loader import Loader
+from turbolm.models.peft import Adapter, read_adapter
 from turbolm.models.registry import decoder_spec
 from turbolm.models.sharding import ShardLoader, cuts, shard_spec
 from turbolm.ops.reference import ReferenceOps
@@ -47,22 +51,37 @@ def step_arrays() -> StepArrays:
     return lay_out(Step(tuple(items), 8), 8, [[4], [2]])
 
 
-def whole_logits(folder: Path) -> torch.Tensor:
+def whole_logits(folder: Path, adapters: list[Adapter] | None = None) -> torch.Tensor:
+    """`adapters`: one for each prompt."""
     checkpoint = open_checkpoint(folder)
     spec = decoder_spec(checkpoint.config)
     model = load_decoder(spec, Loader(checkpoint.source, ReferenceOps(CPU, torch.float32)), 64)
-    return model.forward(step_arrays().batch(torch.from_numpy), cache_spec(spec, FLOAT32).allocate(4, 8, CPU))
+    arrays = with_adapters(step_arrays(), AdaptedDecoder(model, 2, 8) if adapters else None, adapters)
+    return model.forward(arrays.batch(torch.from_numpy), cache_spec(spec, FLOAT32).allocate(4, 8, CPU))
 
 
-def part_logits(folder: Path, group: ThreadGroup) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+def with_adapters(arrays: StepArrays, adapted: AdaptedDecoder | None, adapters: list[Adapter] | None) -> StepArrays:
+    """The second prompt has the adapter in the first place."""
+    if adapted is None or adapters is None:
+        return arrays
+    for place, adapter in enumerate(adapters):
+        adapted.put(place, adapter)
+    return arrays._replace(adapters=np.repeat(np.array([1, 0], np.int32), [5, 3]))
+
+
+def part_logits(
+    folder: Path, group: ThreadGroup, adapters: list[Adapter] | None = None
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """The logits that a rank gathers, its own part of them, and the tokens that it chooses greedily and at 0.7."""
     checkpoint = open_checkpoint(folder)
     spec, shard = decoder_spec(checkpoint.config), Shard(group.rank, group.size)
     ops = ShardedReferenceOps(CPU, torch.float32, group, spec.vocab_size)
     model = load_decoder(shard_spec(spec, shard), ShardLoader(checkpoint.source, ops, cuts(spec, shard)), 64)
     caches = cache_spec(model.spec, FLOAT32).allocate(4, 8, CPU)
+    adapted = AdaptedDecoder(model, 2, 8, spec, cuts(spec, shard)) if adapters else None
+    arrays = with_adapters(step_arrays(), adapted, adapters)
     with torch.inference_mode():
-        own = model.forward(step_arrays().batch(torch.from_numpy), caches)
+        own = model.forward(arrays.batch(torch.from_numpy), caches)
         columns = (torch.tensor([0.0, 1.0]), torch.zeros(2, dtype=torch.int32), torch.ones(2), torch.zeros(2))
         tokens = ops.sample(own, *columns, torch.tensor([0.0, 0.7], dtype=torch.float64), has_filters=False)
         return ops.gather_logits(own)[:, : spec.vocab_size], own, tokens.tolist()
@@ -82,6 +101,26 @@ def test_parts_add_up(tmp_path: Path, name: str, size: int) -> None:
         assert own.shape[1] < expected.shape[1]
         assert tokens == found[0][2]
         assert tokens[0] == int(expected[0].argmax())
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", ["biases", "one kv head", "internlm2"])
+def test_parts_of_an_adapter_add_up(tmp_path: Path, name: str, size: int) -> None:
+    """Of two in one step, one sequence has each."""
+    targets = PROJECTIONS
+    if name == "internlm2":
+        save_as_internlm2(tmp_path, {})
+        targets = ["wqkv", "wo", "w1", "w2", "w3"]
+    else:
+        MODELS[name].save(tmp_path)
+    spec = decoder_spec(open_checkpoint(tmp_path).config)
+    folders = [save_random_adapter(tmp_path, tmp_path / str(i), i, targets=targets, scale=0.2) for i in range(2)]
+    adapters = [read_adapter(folder, spec) for folder in folders]
+    plain, expected = whole_logits(tmp_path), whole_logits(tmp_path, adapters)
+    assert ((expected - plain).abs().amax(1) > 0.01).all()
+    for logits, own, _ in on_all_ranks(size, lambda group: part_logits(tmp_path, group, adapters)):
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        assert own.shape[1] < expected.shape[1]
 
 
 def test_what_ranks_hold_together_is_the_model_once(tmp_path: Path) -> None:

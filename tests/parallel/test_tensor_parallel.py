@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import queue
 import re
 import shutil
 import signal
@@ -12,20 +11,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
+from spread_model import Served, asked, built, children
 from tiny import Tiny
 
-from turbolm.config import EngineConfig, ResolvedConfig, resolve
-from turbolm.engine.build import EngineParts, build, model_needs
-from turbolm.engine.engine import Engine
 from turbolm.errors import EngineError
-from turbolm.models.checkpoint import open_checkpoint
-from turbolm.models.registry import decoder_spec
-from turbolm.ops.hardware import probe
-from turbolm.types import Output, Request, SamplingParams
+from turbolm.types import Request, SamplingParams
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes end with their parent on Linux only")
 
@@ -37,17 +29,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def built(folder: Path, tensor_parallel: int) -> tuple[EngineParts, ResolvedConfig]:
-    checkpoint = open_checkpoint(folder)
-    spec = decoder_spec(checkpoint.config)
-    options = EngineConfig(
-        device="cpu", kernels="reference", dtype="float32", tensor_parallel=tensor_parallel, block_size=8,
-        max_batch_tokens=32, max_batch_size=8, kv_memory="1M", threads=1,
-    )  # fmt: skip
-    config = resolve(options, model_needs("tiny", checkpoint, spec, tensor_parallel), probe())
-    return build(checkpoint, spec, config, 89), config
-
-
 @pytest.fixture(scope="module")
 def spread(folder: Path) -> Iterator[Served]:
     parts, config = built(folder, 2)
@@ -55,20 +36,6 @@ def spread(folder: Path) -> Iterator[Served]:
     served = Served(parts)
     yield served
     served.engine.close()
-
-
-class Served:
-    """An engine with what it has delivered."""
-
-    def __init__(self, parts: EngineParts) -> None:
-        self.deltas: queue.SimpleQueue[Output] = queue.SimpleQueue()
-        self.engine = Engine(parts.scheduler, parts.runner, lambda outputs: [self.deltas.put(o) for o in outputs])
-
-    def answers(self, requests: list[Request]) -> dict[str, Output]:
-        """The last output of each, which has everything."""
-        self.engine.submit(requests, deltas=False)
-        outputs = [self.deltas.get(timeout=60) for _ in requests]
-        return {output.request_id: output for output in outputs}
 
 
 VARIANTS = {
@@ -82,16 +49,8 @@ VARIANTS = {
 
 def requests() -> list[Request]:
     """Some short, some prefilled in several chunks."""
-    generator = torch.Generator().manual_seed(1)
-    return [
-        Request(
-            f"{name} {length}",
-            tuple(torch.randint(0, 89, (length,), generator=generator).tolist()),
-            SamplingParams.of(params, max_tokens=9),
-        )
-        for length in (1, 11, 45)
-        for name, params in VARIANTS.items()
-    ]
+    variants = {name: SamplingParams.of(params, max_tokens=9) for name, params in VARIANTS.items()}
+    return asked(variants, (1, 11, 45))
 
 
 def test_two_processes_answer_as_one(spread: Served, folder: Path) -> None:
@@ -104,14 +63,6 @@ def test_two_processes_answer_as_one(spread: Served, folder: Path) -> None:
         for mine, theirs in zip(output.logprobs, expected[name].logprobs, strict=True):
             assert mine.token_id == theirs.token_id and mine.logprob == pytest.approx(theirs.logprob, abs=1e-4)
         assert len(output.prompt_logprobs) == len(expected[name].prompt_logprobs)
-
-
-def children() -> list[psutil.Process]:
-    return [
-        child
-        for child in psutil.Process().children(recursive=True)
-        if "turbolm.engine.rank" in " ".join(child.cmdline())
-    ]
 
 
 def test_a_killed_rank_ends_everything_by_name(spread: Served) -> None:

@@ -4,22 +4,38 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Protocol
 
 from turbolm.errors import CapacityError, ConfigError, RequestError, nearest
 from turbolm.hub.adapters import fetch_adapter
-from turbolm.models.adapters import AdaptedDecoder
 from turbolm.models.peft import Adapter, read_adapter
+from turbolm.models.spec import DecoderSpec
 from turbolm.types import LoadedAdapter
 
 #: Whether some request that is alive was given this adapter.
 IsUsed = Callable[[LoadedAdapter], bool]
 
 
+class AdapterRoom(Protocol):
+    """A model with places for adapters: `AdaptedDecoder`, or what stands for all ranks' ones."""
+
+    @property
+    def num_places(self) -> int: ...
+    @property
+    def max_rank(self) -> int: ...
+    @property
+    def spec(self) -> DecoderSpec:
+        """The whole model's."""
+
+    def put(self, place: int, adapter: Adapter) -> None:
+        """Rows of this place get what the adapter adds, in steps that are submitted from now on."""
+
+
 class Adapters:
     """For the engine's thread, but for `read`. A removed adapter keeps its place until the last request with it has
     ended, so that its answers go on as they began."""
 
-    def __init__(self, decoder: AdaptedDecoder) -> None:
+    def __init__(self, decoder: AdapterRoom) -> None:
         self._decoder = decoder
         self._places: list[LoadedAdapter | None] = [None] * decoder.num_places
         self._named: dict[str, LoadedAdapter] = {}

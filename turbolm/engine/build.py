@@ -11,7 +11,7 @@ from torch import Tensor
 
 from turbolm.config import ResolvedConfig
 from turbolm.drafts import LOGIT_ROWS, MAX_DRAFTED
-from turbolm.engine.adapters import Adapters
+from turbolm.engine.adapters import AdapterRoom, Adapters
 from turbolm.engine.device_runner import DeviceRunner
 from turbolm.engine.draft import DraftModel, PairedRunner
 from turbolm.engine.engine import StepRunner
@@ -109,17 +109,25 @@ def build(
     draft: Draft | None = None,
 ) -> EngineParts:
     """Load the weights and allocate the KV cache. `vocab_size`: the tokenizer's."""
+    runner: StepRunner
+    room: AdapterRoom | None
     if config.tensor_parallel > 1:
         load = functools.partial(build_part, checkpoint, spec, config, vocab_size, progress=progress)
-        return EngineParts(_scheduler(config), lead(checkpoint.path, config, vocab_size, load))
-    model = _load(checkpoint, spec, config, _ops(config), progress)
-    caches = allocate_caches(spec, config, model.ops.device, Shard())
-    adapted = AdaptedDecoder(model, config.max_adapters, config.max_adapter_rank) if config.max_adapters else None
-    adapters = None if adapted is None else Adapters(adapted)
-    runner = _runner(model, caches, config, vocab_size)
+        runner, room = lead(checkpoint.path, config, vocab_size, load)
+        ops = None
+    else:
+        model = _load(checkpoint, spec, config, _ops(config), progress)
+        caches = allocate_caches(spec, config, model.ops.device, Shard())
+        room = AdaptedDecoder(model, config.max_adapters, config.max_adapter_rank) if config.max_adapters else None
+        runner, ops = _runner(model, caches, config, vocab_size), model.ops
+    adapters = None if room is None else Adapters(room)
     if draft is None:
         return EngineParts(_scheduler(config), runner, adapters)
-    draft_runner = _draft_runner(draft, config, model.ops, vocab_size)
+    try:
+        draft_runner = _draft_runner(draft, config, ops, vocab_size)
+    except BaseException:
+        runner.close()  # there may be other ranks
+        raise
     costs = _costs(config)._replace(draft=config.draft_cost)
     draft_model = DraftModel(draft_runner, config.max_batch_tokens, costs)
     return EngineParts(_scheduler(config, draft_model), PairedRunner(runner, draft_runner), adapters)
@@ -142,14 +150,15 @@ def _load(
     return load_decoder(spec, loader, config.max_context)
 
 
-def _draft_runner(draft: Draft, config: ResolvedConfig, ops: Ops, vocab_size: int) -> StepRunner:
-    """Over a KV cache with as many blocks as the large model's. The CPU's threads serve both models."""
+def _draft_runner(draft: Draft, config: ResolvedConfig, ops: Ops | None, vocab_size: int) -> StepRunner:
+    """Over a KV cache with as many blocks as the large model's. The CPU's threads serve both models. Where several
+    ranks compute the large model, this one has all of the small one. `ops`: of the large model, unless it has ranks."""
     config = replace(
-        config, kv=KvFormat.both(config.kv.plain), kv_scales="", weights="auto", max_adapters=0,
+        config, kv=KvFormat.both(config.kv.plain), kv_scales="", weights="auto", max_adapters=0, tensor_parallel=1,
         max_batch_size=min(config.max_batch_size, MAX_DRAFTED), max_logit_rows=LOGIT_ROWS,
     )  # fmt: skip
     model = _load(draft.checkpoint, draft.spec, config, ops if isinstance(ops, CpuOps) else _ops(config), None)
-    return _runner(model, allocate_caches(draft.spec, config, ops.device, Shard()), config, vocab_size)
+    return _runner(model, allocate_caches(draft.spec, config, model.ops.device, Shard()), config, vocab_size)
 
 
 def _costs(config: ResolvedConfig) -> Costs:

@@ -21,7 +21,7 @@ from torch import Tensor
 from turbolm.engine.adjustments import Adjuster, HostAdjustments, Row
 from turbolm.engine.batch import Ints, StepArrays, adapters_of, lay_out, num_columns
 from turbolm.engine.graph import MAX_SHARED_ROWS, Limits
-from turbolm.engine.pooling import Pooler, pooled_rows
+from turbolm.engine.pooling import Pooler, RowRange, pooled_rows
 from turbolm.engine.randomness import uniform
 from turbolm.engine.runner import Completed, compute_results, logit_rows_of, with_embeddings
 from turbolm.engine.sampler import Sampler, no_distribution
@@ -37,7 +37,14 @@ _MAX_READ = 1 << 16  # tokens of context, by all rows together, in a small step:
 class Followers(Protocol):
     """The other ranks of a model: they do what they are told, as this process does it too."""
 
-    def step(self, arrays: StepArrays, draws: Draws | None, gathers: bool) -> None:
+    def step(
+        self,
+        arrays: StepArrays,
+        draws: Draws | None,
+        gathers: bool,
+        pools: list[RowRange] | None,
+        adjustments: HostAdjustments | None,
+    ) -> None:
         """`StepDevice.compute`."""
 
     def warm_up(self) -> None:
@@ -65,8 +72,7 @@ class DeviceRunner:
         vocab_size: int,
         followers: Followers | None = None,
     ) -> None:
-        """`vocab_size`: tokens that may be chosen. Followers apply no penalties, biases and bans: with them, the host
-        does."""
+        """`vocab_size`: tokens that may be chosen."""
         self._device = device
         self._followers = followers
         self._block_size = block_size
@@ -74,7 +80,7 @@ class DeviceRunner:
         self._sampler = Sampler()
         self._pooler = Pooler()
         self._table = SequenceTable(2 * limits.max_batch_size, num_columns(limits.max_context, block_size))
-        self._adjuster = None if device.num_slots == 0 or followers is not None else Adjuster(device.num_slots)
+        self._adjuster = None if device.num_slots == 0 else Adjuster(device.num_slots)
         self._counting = np.arange(max(limits.max_batch_size, MAX_SHARED_ROWS) + 1, dtype=np.int32)
         self._last_rows: dict[Sequence, int] = {}
         self._last_tokens: Ints | None = None  # of the last step that sampled, where the host knows them
@@ -119,7 +125,7 @@ class DeviceRunner:
         adjustments = None if draws is None else self._adjustments(items, rows)
         gathers = not chooses and len(arrays.logit_rows) > 0
         if self._followers is not None:
-            self._followers.step(arrays, draws, gathers)
+            self._followers.step(arrays, draws, gathers, pools, adjustments)
         computed = self._device.compute(arrays, draws, gathers, pools, adjustments)
         if chooses:
             flight = _InFlight(items, computed.download(), self._followers, self._pooler)
@@ -165,7 +171,7 @@ class DeviceRunner:
         if is_decodes:
             return self._lay_out_decodes(items, rows, counts)
         read = sum(count * (item.start + count) for item, count in zip(items, counts, strict=True))
-        if self._followers is not None or sum(counts) > MAX_SHARED_ROWS or read > _MAX_READ:
+        if sum(counts) > MAX_SHARED_ROWS or read > _MAX_READ:
             return None
         starts = itertools.accumulate(counts, initial=0)
         wanted = [start + row for start, item in zip(starts, items, strict=False) for row in logit_rows_of(item)]

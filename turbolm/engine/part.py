@@ -14,11 +14,14 @@ from turbolm.config import ResolvedConfig
 from turbolm.engine.batch import StepArrays
 from turbolm.engine.device_runner import DeviceRunner
 from turbolm.engine.graph import DecodeGraphs, record
+from turbolm.engine.rank_adapters import SpreadAdapters
 from turbolm.engine.ranks import FAILED, LOAD, LoadOrder, Ranks
 from turbolm.engine.rehearsal import rehearsals
 from turbolm.engine.step_device import StepDevice
 from turbolm.errors import EngineError
 from turbolm.kv_scales import read_scales
+from turbolm.memory import num_counted
+from turbolm.models.adapters import AdaptedDecoder
 from turbolm.models.checkpoint import Checkpoint
 from turbolm.models.converted import ConvertedLoader
 from turbolm.models.decoder import Decoder, cache_spec, kv_layers, load_decoder
@@ -44,19 +47,25 @@ class Part:
     ops: ShardedOps
     caches: list[LayerCache]
     config: ResolvedConfig
+    adapted: AdaptedDecoder | None = None  # where there is room for adapters
 
     def step_device(self) -> StepDevice:
         """Waits for the other ranks, which must do the same."""
-        ops, config = self.ops, self.config
-        ops.finish_loading(config.max_logit_rows, self.model.spec.vocab_size)
-        steps = record(self.model, self.caches, config)
+        ops, config, width = self.ops, self.config, self.model.spec.vocab_size
+        ops.finish_loading(config.max_logit_rows, width)
+        has_adapters = self.adapted is not None
+        steps = record(self.model, self.caches, config, has_adapters=has_adapters)
         graphs: DecodeGraphs | None = None
         first_steps: Iterator[StepArrays] = iter(())
         if ops.device.type == "cuda" and config.kernels == "native":
-            graphs, first_steps = DecodeGraphs(steps.forward, config, config.block_size, ops.device), rehearsals(config)
+            graphs = DecodeGraphs(
+                steps.forward, config, config.block_size, ops.device,
+                has_adapters=has_adapters, max_shared_rows=min(config.max_logit_rows, config.max_batch_tokens),
+            )  # fmt: skip
+            first_steps = rehearsals(config)
         return StepDevice(
             steps.forward, graphs, ops.device, ops.sample, ops.resolve_tokens, ops.gather_logits, first_steps,
-            steps.forward_hidden,
+            steps.forward_hidden, ops.adjust, (num_counted(config.max_batch_size, width), width),
         )  # fmt: skip
 
 
@@ -91,20 +100,27 @@ def load_part(
     device = device_of(config, group.rank)
     if device.type == "cpu":
         torch.set_num_threads(max(1, config.threads // group.size))
-    ops = select_sharded_ops(device, config.kernels, config.dtype, group, vocab_size, spec.hidden_size)
+    ops = select_sharded_ops(
+        device, config.kernels, config.dtype, group, vocab_size, spec.hidden_size, deterministic=config.deterministic
+    )
+    own_cuts = cuts(spec, shard)
     loader: Loader = ShardLoader(
-        checkpoint.source, ops, cuts(spec, shard), progress, packing=checkpoint.packing, rounding=rounding
+        checkpoint.source, ops, own_cuts, progress, packing=checkpoint.packing, rounding=rounding
     )
     if checkpoint.manifest is not None:
         loader = ConvertedLoader(checkpoint.path, checkpoint.manifest, ops, group.rank, progress)
     model = load_decoder(shard_spec(spec, shard), loader, config.max_context)
     caches = allocate_caches(spec, config, device, shard)
-    return Part(model, ops, caches, config)
+    places, rank = config.max_adapters, config.max_adapter_rank
+    adapted = AdaptedDecoder(model, places, rank, spec, own_cuts) if places else None
+    return Part(model, ops, caches, config, adapted)
 
 
-def lead(path: Path, config: ResolvedConfig, vocab_size: int, load: Callable[[ProcessGroup], Part]) -> DeviceRunner:
-    """Start the other ranks, load this process's part by `load` while they load theirs, and lead them. `path`: the
-    checkpoint. Raises EngineError naming a rank that fails."""
+def lead(
+    path: Path, config: ResolvedConfig, vocab_size: int, load: Callable[[ProcessGroup], Part]
+) -> tuple[DeviceRunner, SpreadAdapters | None]:
+    """Start the other ranks, load this process's part by `load` while they load theirs, and lead them: what runs steps,
+    and room for adapters if there is some. `path`: the checkpoint. Raises EngineError naming a rank that fails."""
     size = config.tensor_parallel
     folder = tempfile.TemporaryDirectory(prefix="turbolm-")  # private to this user
     store = Path(folder.name) / "store"
@@ -125,7 +141,9 @@ def lead(path: Path, config: ResolvedConfig, vocab_size: int, load: Callable[[Pr
             group.abort()
         folder.cleanup()
         raise
-    return DeviceRunner(device, config, config.block_size, vocab_size, Ranks(processes, group, folder))
+    ranks = Ranks(processes, group, folder)
+    adapters = None if part.adapted is None else SpreadAdapters(part.adapted, ranks)
+    return DeviceRunner(device, config, config.block_size, vocab_size, ranks), adapters
 
 
 def _await(processes: RankProcesses) -> None:

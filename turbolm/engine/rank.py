@@ -1,5 +1,6 @@
 """The process of one rank but the first: `python -m turbolm.engine.rank DESCRIPTOR RANK`, started by the one that
-leads. It loads its part of the model, and then computes each step that it is told of, until it is left alone."""
+leads. It loads its part of the model, and then computes each step that it is told of, and takes the adapters that come
+between them, until it is left alone."""
 
 from __future__ import annotations
 
@@ -9,7 +10,18 @@ import traceback
 
 from turbolm.engine.build import build_part
 from turbolm.engine.part import device_of
-from turbolm.engine.ranks import FAILED, LOADED, STARTED, STEP, LoadOrder, StepOrder
+from turbolm.engine.rank_adapters import ReceivedAdapters
+from turbolm.engine.ranks import (
+    ADAPTER_MODULE,
+    ADAPTER_PLACE,
+    FAILED,
+    LOADED,
+    STARTED,
+    STEP,
+    WARM_UP,
+    LoadOrder,
+    StepOrder,
+)
 from turbolm.engine.step_device import StepDevice
 from turbolm.errors import TurbolmError
 from turbolm.models.checkpoint import open_checkpoint
@@ -20,7 +32,7 @@ from turbolm.parallel.processes import end_with_parent
 from turbolm.parallel.shard import Shard
 
 
-def load(channel: Channel, rank: int) -> StepDevice | None:
+def load(channel: Channel, rank: int) -> tuple[StepDevice, ReceivedAdapters] | None:
     """Ready to compute; None where the leading process went away."""
     message = channel.receive()
     if message is None:
@@ -32,28 +44,33 @@ def load(channel: Channel, rank: int) -> StepDevice | None:
     checkpoint = open_checkpoint(order.path)
     part = build_part(checkpoint, decoder_spec(checkpoint.config), config, order.vocab_size, group)
     channel.send(LOADED)
-    return part.step_device()
+    return part.step_device(), ReceivedAdapters(part.adapted)
 
 
-def follow(channel: Channel, device: StepDevice) -> None:
+def follow(channel: Channel, device: StepDevice, adapters: ReceivedAdapters) -> None:
     """Does what it is told, until there is nobody to tell it."""
     while (message := channel.receive()) is not None:
         if message.kind == STEP:
             device.compute(*StepOrder.decode(message.body))
-        else:
+        elif message.kind == WARM_UP:
             device.warm_up()
+        elif message.kind == ADAPTER_MODULE:
+            adapters.take(message.body)
+        else:
+            assert message.kind == ADAPTER_PLACE
+            adapters.put(message.body)
 
 
 def main(descriptor: int, rank: int) -> int:
     end_with_parent()
     channel = inherited(descriptor)
     try:
-        device = load(channel, rank)
+        loaded = load(channel, rank)
     except TurbolmError as error:
         channel.send(FAILED, [str(error).encode()])
         return 1
-    if device is not None:
-        follow(channel, device)
+    if loaded is not None:
+        follow(channel, *loaded)
     return 0
 
 

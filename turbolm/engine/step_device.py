@@ -111,8 +111,7 @@ class StepDevice:
         adjustments: HostAdjustments | None = None,
     ) -> Computed:
         """A step. With `draws` its tokens are chosen; with `gathers` its logits are for the host to choose from.
-        `pools`: rows whose hidden states are summed (on one rank alone: all have the same). `adjustments` are made
-        before tokens are chosen."""
+        `pools`: rows whose hidden states are summed. `adjustments` are made before tokens are chosen."""
         buffers = next(self._buffers)
         sums = None
         if pools and self._forward_hidden is not None:
@@ -158,9 +157,7 @@ class StepDevice:
         return self._key(arrays) is not None
 
     def _key(self, arrays: StepArrays) -> GraphKey | None:
-        # Ranks choose tokens where a graph leaves its logits: there, no row may be left out.
-        is_whole = len(arrays.logit_rows) == len(arrays.token_ids) or self._gather_logits is None
-        return self._graphs.find(arrays) if self._graphs is not None and is_whole else None
+        return None if self._graphs is None else self._graphs.find(arrays)
 
     def _logits(self, arrays: StepArrays, buffers: _PinnedBuffers) -> Tensor:
         graphs, key = self._graphs, self._key(arrays)
@@ -178,7 +175,9 @@ class StepDevice:
         if len(wanted) == len(arrays.token_ids):
             return logits[: len(wanted)]
         host.numpy()[length : length + len(wanted)] = wanted
-        return logits.index_select(0, host[length : length + len(wanted)].to(self._device, non_blocking=True))
+        rows = logits.index_select(0, host[length : length + len(wanted)].to(self._device, non_blocking=True))
+        # Ranks choose tokens where a graph leaves its logits, which is where the others look for them.
+        return rows if self._gather_logits is None else logits[: len(wanted)].copy_(rows)
 
     def _upload(self, arrays: StepArrays, buffers: _PinnedBuffers) -> Batch:
         """The step's inputs, in one copy."""

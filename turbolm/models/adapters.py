@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -10,6 +10,8 @@ import torch
 from turbolm.layers.linear import Linear, LowRank
 from turbolm.models.decoder import Decoder
 from turbolm.models.peft import Adapter, module_shapes
+from turbolm.models.sharding import Cut
+from turbolm.models.spec import DecoderSpec
 
 
 class _Adapted(NamedTuple):
@@ -23,10 +25,19 @@ class _Adapted(NamedTuple):
 class AdaptedDecoder:
     """A decoder with room for adapters. For the thread that runs its steps."""
 
-    def __init__(self, model: Decoder, num_places: int, max_rank: int) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        num_places: int,
+        max_rank: int,
+        whole: DecoderSpec | None = None,
+        cuts: Mapping[str, Cut] | None = None,
+    ) -> None:
+        """`whole`, `cuts`: of the model that this one is a rank's part of, if it is one."""
         self.num_places = num_places
         self.max_rank = max_rank
-        self.spec = model.spec
+        self.spec = whole or model.spec
+        self._cuts = cuts or {}
         self._linears = list(_linears(model))
         shapes = module_shapes(model.spec)
         for linear, names, _ in self._linears:
@@ -34,10 +45,14 @@ class AdaptedDecoder:
 
     @torch.inference_mode()
     def put(self, place: int, adapter: Adapter) -> None:
-        """Rows of this place get what the adapter adds."""
+        """Rows of this place get what the adapter adds. `adapter`: for the whole model."""
         for linear, names, rows in self._linears:
-            parts = [adapter.modules.get(name) for name in names]
+            parts = [self._own(name, adapter.modules.get(name)) for name in names]
             linear.put(place, [_ordered(part, rows) for part in parts])
+
+    def _own(self, name: str, part: LowRank | None) -> LowRank | None:
+        cut = self._cuts.get(name)
+        return part if part is None or cut is None else cut.low_rank(part)
 
 
 def _linears(model: Decoder) -> Iterator[_Adapted]:

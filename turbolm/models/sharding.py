@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from turbolm.errors import CheckpointError, ConfigError
+from turbolm.layers.linear import LowRank
 from turbolm.models.loader import Loader, Progress
 from turbolm.models.spec import DecoderSpec, LayerSpec
 from turbolm.ops import AttentionSpec, PreparedLinear
@@ -41,6 +42,12 @@ class Slice:
             return bias_n.chunk(self.count)[self.index]
         return bias_n if self.index == 0 else None
 
+    def low_rank(self, added: LowRank) -> LowRank:
+        """What an adapter adds to this part. Along input columns it is a summand too: b @ (part of a) @ (part of x)."""
+        if self.dim == 0:
+            return added._replace(b_nr=added.b_nr.chunk(self.count)[self.index])
+        return added._replace(a_rk=added.a_rk.chunk(self.count, 1)[self.index])
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -60,6 +67,10 @@ class Rows:
     def bias(self, bias_n: Tensor) -> Tensor | None:
         chosen = bias_n[torch.tensor(self.rows, dtype=torch.int64, device=bias_n.device)]
         return torch.cat([chosen, bias_n.new_zeros(self.num_zero)])
+
+    def low_rank(self, added: LowRank) -> LowRank:
+        """As of a `Slice`."""
+        return added._replace(b_nr=added.b_nr[torch.tensor(self.rows, dtype=torch.int64)])
 
 
 Cut = Slice | Rows

@@ -38,12 +38,14 @@ class Adjustments(NamedTuple):
 FLOATS = frozenset({"repetition", "presence", "frequency", "values"})
 
 
-def adjust(logits_rv: Tensor, counts_sv: Tensor, adjustments: Adjustments, previous_r: Tensor) -> None:
+def adjust(logits_rv: Tensor, counts_sv: Tensor, adjustments: Adjustments, previous_r: Tensor, first: int = 0) -> None:
     """Counts the tokens, in `counts_sv`, and changes the logits (float32), both in place. `previous_r`: int32, what an
-    earlier step sampled; below 0: nothing."""
+    earlier step sampled; below 0: nothing. v may be a part of the vocabulary, which begins at the token `first`: what
+    bears on other tokens is left to whoever has them."""
     a, previous = adjustments, previous_r.long()
     tokens = a.counted_tokens.long()
     tokens = torch.where(tokens < 0, previous[(-1 - tokens).clamp(0, previous.shape[0] - 1)], tokens)
+    tokens = torch.where(tokens < 0, -1, tokens - first)
     for slot, token, amount in zip(a.counted_slots.tolist(), tokens.tolist(), a.counted_amounts.tolist(), strict=True):
         if 0 <= token < counts_sv.shape[1]:
             counts_sv[slot, token] = counts_sv[slot, token] | PROMPT if amount == PROMPT else counts_sv[slot, token] + 1
@@ -51,12 +53,13 @@ def adjust(logits_rv: Tensor, counts_sv: Tensor, adjustments: Adjustments, previ
         if slot >= 0:
             counted = counts_sv[slot].clone()
             for draft in a.drafts[row].tolist():
-                if draft >= 0:
-                    counted[draft] += 1
+                if draft >= 0 and 0 <= draft - first < counts_sv.shape[1]:
+                    counted[draft - first] += 1
             _penalize(logits_rv[row], counted, a.repetition[row], a.presence[row], a.frequency[row])
     meets = (a.sources < 0) | (previous[a.sources.long().clamp(0, previous.shape[0] - 1)] == a.wanted)
-    chosen = meets.nonzero().squeeze(1)
-    logits_rv.index_put_((a.rows.long()[chosen], a.tokens.long()[chosen]), a.values[chosen], accumulate=True)
+    places = a.tokens.long() - first
+    chosen = (meets & (places >= 0) & (places < logits_rv.shape[1])).nonzero().squeeze(1)
+    logits_rv.index_put_((a.rows.long()[chosen], places[chosen]), a.values[chosen], accumulate=True)
 
 
 def _penalize(logits_v: Tensor, counted_v: Tensor, repetition: Tensor, presence: Tensor, frequency: Tensor) -> None:

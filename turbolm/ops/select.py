@@ -55,10 +55,21 @@ def select_layout(device: str) -> Layout:
 
 
 def select_sharded_ops(
-    device: torch.device, kernels: str, dtype: str, collectives: GpuCollectives, vocab_size: int, hidden_size: int
+    device: torch.device,
+    kernels: str,
+    dtype: str,
+    collectives: GpuCollectives,
+    vocab_size: int,
+    hidden_size: int,
+    *,
+    deterministic: bool = False,
 ) -> ShardedOps:
-    """The ops of one rank on its device. `vocab_size`: tokens that may be chosen."""
+    """The ops of one rank on its device. `vocab_size`: tokens that may be chosen. `deterministic`: see `select_ops`."""
     activations: torch.dtype = getattr(torch, dtype)
+    if kernels == "native" and deterministic:
+        from turbolm.ops.cuda.sharded_deterministic import ShardedDeterministicOps  # needs triton
+
+        return ShardedDeterministicOps(device, activations, collectives, vocab_size, hidden_size)
     if kernels == "native":
         from turbolm.ops.cuda.sharded import ShardedCudaOps  # needs triton, which not every machine has
 

@@ -10,7 +10,7 @@ r  rows    v  tokens of one rank's part of the vocabulary    h  hidden size
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from turbolm.ops.reference import ReferenceOps
 from turbolm.ops.sampling import sample
 
 if TYPE_CHECKING:
+    from turbolm.ops import AdapterWeights
     from turbolm.weights import Weight
 
 
@@ -40,7 +41,8 @@ class Collectives(Protocol):
 
 
 class ShardedOps(DeviceOps, Protocol):
-    """A backend of one rank. Its `logits` are those of the rank's part of the vocabulary."""
+    """A backend of one rank. Its `logits` are those of the rank's part of the vocabulary, and `adjust` changes and
+    counts these alone; `add_adapters` adds what the rank has of an adapter's matrices, cut as the matrix is."""
 
     def prepare_partial(self, weights: list[Weight], bias: Tensor | None) -> PreparedLinear:
         """As `prepare_linear`, of this rank's input columns: `linear` gives the sum over all ranks. One of
@@ -72,6 +74,13 @@ class PartialLinear:
         return self.inner.num_bytes
 
 
+@dataclass(slots=True)
+class Summand:
+    """A product that has to be summed over all ranks: its consumer does so, when what adapters add is in it."""
+
+    value: Tensor
+
+
 def join_parts(parts_srv: Tensor) -> Tensor:
     """[size, r, v] → [r, size * v]: each row's parts in the order of ranks."""
     return parts_srv.transpose(0, 1).flatten(1)
@@ -95,9 +104,27 @@ class ShardedReferenceOps(ReferenceOps):
     def linear(self, x_tk: Tensor, weight: PreparedLinear) -> Tensor:
         if not isinstance(weight, PartialLinear):
             return super().linear(x_tk, weight)
-        summed = super().linear(x_tk, weight.inner)
-        self._collectives.all_reduce(summed)
-        return summed
+        return cast(Tensor, Summand(super().linear(x_tk, weight.inner)))
+
+    def add_adapters(self, y_tn: Tensor, x_tk: Tensor, adapters: AdapterWeights, places_t: Tensor) -> Tensor:
+        if isinstance(y_tn, Summand):
+            return cast(Tensor, Summand(super().add_adapters(y_tn.value, x_tk, adapters, places_t)))
+        return super().add_adapters(y_tn, x_tk, adapters, places_t)
+
+    def rms_norm(self, x_th: Tensor, weight_h: Tensor, eps: float) -> Tensor:
+        return super().rms_norm(self._summed(x_th), weight_h, eps)
+
+    def add_rms_norm(self, x_th: Tensor, residual_th: Tensor, weight_h: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return super().add_rms_norm(self._summed(x_th), residual_th, weight_h, eps)
+
+    def add(self, x_th: Tensor, residual_th: Tensor) -> Tensor:
+        return super().add(self._summed(x_th), residual_th)
+
+    def _summed(self, x_th: Tensor) -> Tensor:
+        if not isinstance(x_th, Summand):
+            return x_th
+        self._collectives.all_reduce(x_th.value)
+        return x_th.value
 
     def embedding(self, token_ids_t: Tensor, table: PreparedLinear, scale: float = 1.0) -> Tensor:
         ids = token_ids_t - self._collectives.rank * table.out_features
@@ -127,7 +154,7 @@ class ShardedReferenceOps(ReferenceOps):
         return sample(logits, temperature_r, top_k_r.long(), top_p_r, min_p_r, uniform_r).int()
 
     def adjust(self, logits_rv: Tensor, counts_sv: Tensor, adjustments: Adjustments, previous_r: Tensor) -> None:
-        adjust(logits_rv, counts_sv, adjustments, previous_r)
+        adjust(logits_rv, counts_sv, adjustments, previous_r, self._collectives.rank * logits_rv.shape[1])
 
     def resolve_tokens(self, token_ids_t: Tensor, previous_r: Tensor) -> None:
         sampled = previous_r[(-1 - token_ids_t).clamp(min=0)].clamp(min=0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,3 +63,20 @@ def test_kernels_adjust_as_the_reference_does(data: st.DataObject, vocab_size: i
     assert torch.equal(counts, expected_counts)
     torch.testing.assert_close(logits, expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(logits == -torch.inf, expected == -torch.inf)
+
+
+@pytest.mark.parametrize("adjust", [reference.adjust, kernels.adjust], ids=["reference", "kernels"])
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(0, 40))
+def test_parts_of_a_vocabulary_are_adjusted_as_the_whole(adjust: Any, data: st.DataObject, cut: int) -> None:
+    adjustments, previous = data.draw(steps(40))
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.randint(0, 3, (SLOTS, 40), dtype=torch.int32, generator=generator).to(DEVICE)
+    logits = torch.randn(len(adjustments.slots), 40, generator=generator).to(DEVICE)
+    parts = [(logits[:, own].clone(), counts[:, own].clone(), own.start) for own in (slice(0, cut), slice(cut, 40))]
+    reference.adjust(logits, counts, adjustments, previous)
+    for own_logits, own_counts, first in parts:
+        if own_logits.shape[1]:
+            adjust(own_logits, own_counts, adjustments, previous, first)
+    torch.testing.assert_close(torch.cat([part[0] for part in parts], 1), logits, rtol=1e-6, atol=1e-6)
+    assert torch.equal(torch.cat([part[1] for part in parts], 1), counts)

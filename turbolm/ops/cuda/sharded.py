@@ -6,7 +6,6 @@ larger ones go through NCCL. Where GPUs can't reach each other's memory, all do.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
@@ -14,13 +13,15 @@ from torch import Tensor
 
 from turbolm.ops.cuda.ops import CudaOps
 from turbolm.ops.cuda.weights import Deferred, DenseLinear
-from turbolm.ops.sharded import Collectives, PartialLinear, join_parts
+from turbolm.ops.sharded import Collectives, PartialLinear, Summand, join_parts
 from turbolm.ops.triton import peers, sharded_sampling
+from turbolm.ops.triton.adjustments import adjust
 from turbolm.ops.triton.filters import GROUP
 from turbolm.ops.triton.sharded_sampling import SharedLogits
 
 if TYPE_CHECKING:
-    from turbolm.ops import PreparedLinear
+    from turbolm.ops import AdapterWeights, PreparedLinear
+    from turbolm.ops.adjustments import Adjustments
     from turbolm.weights import Weight
 
 _MAX_SENT = 4096  # rows that arrive in one sum from all ranks together
@@ -30,17 +31,6 @@ class GpuCollectives(Collectives, Protocol):
     def share(self, num_bytes: int) -> peers.PeerMemory | None:
         """Memory of all ranks, of the same size, zeros; None where GPUs can't reach each other's. Comes back when all
         ranks have called it, and have written what they were to write before that."""
-
-
-@dataclass(slots=True)
-class Summand:
-    """A product that has to be summed over all ranks: its consumer does so."""
-
-    value: Tensor  # or Deferred
-
-    def parts(self) -> Tensor:
-        value: Tensor | Deferred = self.value
-        return value.parts() if isinstance(value, Deferred) else value
 
 
 class ShardedCudaOps(CudaOps):
@@ -107,6 +97,14 @@ class ShardedCudaOps(CudaOps):
             return cast(Tensor, Summand(super().linear(x_tk, weight.inner)))
         return super().linear(x_tk, weight)
 
+    def add_adapters(self, y_tn: Tensor, x_tk: Tensor, adapters: AdapterWeights, places_t: Tensor) -> Tensor:
+        if isinstance(y_tn, Summand):
+            return cast(Tensor, Summand(super().add_adapters(y_tn.value, x_tk, adapters, places_t)))
+        return super().add_adapters(y_tn, x_tk, adapters, places_t)
+
+    def adjust(self, logits_rv: Tensor, counts_sv: Tensor, adjustments: Adjustments, previous_r: Tensor) -> None:
+        adjust(logits_rv, counts_sv, adjustments, previous_r, self._collectives.rank * logits_rv.shape[1])
+
     def embedding(self, token_ids_t: Tensor, table: PreparedLinear, scale: float = 1.0) -> Tensor:
         num_rows = table.out_features
         if self._tables is not None:
@@ -126,7 +124,7 @@ class ShardedCudaOps(CudaOps):
         inbox = self._inbox
         if isinstance(x_th, Summand) and inbox is not None and residual_th.shape[0] <= inbox.max_rows:
             out = torch.empty_like(residual_th)
-            peers.reduce_add_rms_norm(x_th.parts(), residual_th, weight_h, eps, out, inbox)
+            peers.reduce_add_rms_norm(_parts(x_th), residual_th, weight_h, eps, out, inbox)
             return out, residual_th
         return super().add_rms_norm(self._summed(x_th), residual_th, weight_h, eps)
 
@@ -137,7 +135,7 @@ class ShardedCudaOps(CudaOps):
         """Of a summand the sum, through NCCL."""
         if not isinstance(x_th, Summand):
             return x_th
-        parts = x_th.parts()
+        parts = _parts(x_th)
         summed = parts.sum(0).to(self.dtype) if parts.dim() == 3 else parts
         self._collectives.all_reduce(summed)
         return summed
@@ -161,3 +159,8 @@ class ShardedCudaOps(CudaOps):
             return sharded_sampling.sample(logits_rv.shape[0], temperature_r, uniform_r, shared)
         logits = self.gather_logits(logits_rv)[:, : self._vocab_size]
         return super().sample(logits, temperature_r, top_k_r, top_p_r, min_p_r, uniform_r, has_filters)
+
+
+def _parts(x_th: Summand) -> Tensor:
+    value: Tensor | Deferred = x_th.value
+    return value.parts() if isinstance(value, Deferred) else value
